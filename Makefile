@@ -1,0 +1,67 @@
+# Every target installs what it needs first. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NPROC ?= 2
+RUN ?= runs/demo
+OUT ?= $(RUN)/exported
+SAMPLE := data_shards/sample
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check format shards pretrain export evaluate clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(READY) ## make .venv and install pretrain with the tested versions into it
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision
+	# DeepSpeed looks for torch while it is built, so it is built against this environment
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $(READY)
+
+shards: $(SAMPLE)/index.json ## render the embedded sample as shards
+
+$(SAMPLE)/index.json: $(READY)
+	$(BIN)/python data_shards/embedded_sample.py $(SAMPLE)
+
+demo: $(READY) shards ## train, export and evaluate on the embedded sample: under ten minutes on two CPU cores
+	rm -rf runs/demo
+	$(BIN)/pretrain train configs/demo.yaml --nproc $(NPROC) --output-dir runs/demo
+	$(BIN)/pretrain export runs/demo --out runs/demo/exported
+	$(BIN)/pretrain evaluate summary runs/demo --train $(SAMPLE) --test $(SAMPLE)
+
+pretrain: $(READY) ## train CONFIG=configs/x.yaml on NPROC ranks
+	$(BIN)/pretrain train $(CONFIG) --nproc $(NPROC) $(ARGS)
+
+export: $(READY) ## write RUN's weights to OUT as a folder for timm
+	$(BIN)/pretrain export $(RUN) --out $(OUT)
+
+evaluate: $(READY) ## k-NN and linear accuracy of RUN's export; TRAIN and TEST are folders of shards
+	$(BIN)/pretrain evaluate knn $(OUT) --train $(TRAIN) --test $(TEST)
+	$(BIN)/pretrain evaluate linear $(OUT) --train $(TRAIN) --test $(TEST)
+
+test: $(READY) ## lint, types and all tests that take less than half a minute each
+	$(MAKE) --no-print-directory check
+	$(BIN)/pytest -q
+
+test-slow: $(READY) ## the tests that take longer
+	$(BIN)/pytest -q -m slow --timeout 1800
+
+check: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove runs and the rendered sample, keep .venv
+	rm -rf runs $(SAMPLE)

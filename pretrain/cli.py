@@ -1,0 +1,169 @@
+"""The command line: arguments in, exit code out. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain import __version__
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, TrainingError, UserError
+
+EXIT_CODES = (
+    "exit codes: 0 done, 2 wrong input (one line says what and the remedy), 75 preempted, 1 anything else"
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pretrain",
+        description="Self-supervised pretraining of Vision Transformers: shards in, timm weights out.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("--version", action="version", version=f"pretrain {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run a pretraining described by a YAML file", epilog=EXIT_CODES)
+    train.add_argument("config", type=Path, metavar="CONFIG")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file"
+    )
+    train.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="run folder (default: runs/<name of CONFIG>)"
+    )
+    train.add_argument(
+        "--resume",
+        default="none",
+        metavar="auto|none|PATH",
+        help="auto: continue the run folder from its newest valid checkpoint; PATH: a checkpoint or a run",
+    )
+    train.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the layout, start nothing"
+    )
+
+    shards = commands.add_parser("shards", help="work on folders of tar shards")
+    actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
+    index = actions.add_parser("index", help="write index.json for tar shards made by anyone")
+    index.add_argument("folder", type=Path, metavar="DIR")
+    index.add_argument(
+        "--out", type=Path, metavar="DIR", help="where to write the index (default: beside the shards)"
+    )
+
+    export = commands.add_parser("export", help="write the backbone as a folder that stock timm loads")
+    export.add_argument("run", type=Path, metavar="RUN", help="a run folder or one checkpoint")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR")
+    export.add_argument(
+        "--weights", choices=("teacher", "student"), help="default: teacher if the run has one"
+    )
+
+    evaluate = commands.add_parser("evaluate", help="measure what features are worth")
+    kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind, text in (
+        ("knn", "weighted k-nearest neighbours"),
+        ("linear", "linear probe with swept learning rates"),
+        ("summary", "pretext tasks, k-NN and linear of a run beside untrained weights and raw pixels"),
+    ):
+        command = kinds.add_parser(kind, help=text)
+        command.add_argument(
+            "weights",
+            metavar="RUN" if kind == "summary" else "WEIGHTS",
+            help="an exported folder, a run, a timm name",
+        )
+        command.add_argument("--train", required=True, metavar="SHARDS", help="DIR or DIR:split")
+        command.add_argument("--test", required=True, metavar="SHARDS", help="DIR or DIR:split")
+        command.add_argument("--out", type=Path, metavar="DIR", help="where to write the result as JSON")
+        command.add_argument(
+            "--feature", choices=("class", "mean_patch"), help="default: class token if there is one"
+        )
+        command.add_argument("--batch-size", type=int, default=128, metavar="N")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest:  # overrides may stand between the flags
+        if parsed.command != "train" or any(argument.startswith("-") for argument in rest):
+            parser.error(f"unknown arguments: {' '.join(rest)}")
+        parsed.overrides += rest
+    rank = os.environ.get("RANK", "0")
+    _set_up_logging(rank)
+    try:
+        return _COMMANDS[parsed.command](parsed)
+    except UserError as error:
+        print(f"pretrain: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)  # noqa: T201
+        return EXIT_USER_ERROR
+    except TrainingError as error:
+        logging.getLogger("pretrain").error("stopped: %s", error)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return 130
+
+
+def _set_up_logging(rank: str) -> None:
+    """Rank 0 speaks; the others only warn."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("pretrain")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    logger.propagate = False
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from pretrain import cluster
+    from pretrain.config import load_config
+    from pretrain.train import Request, describe, inspect, run
+
+    config = load_config(arguments.config, arguments.overrides)
+    output_dir = arguments.output_dir or Path("runs") / arguments.config.stem
+    request = Request(config, output_dir, arguments.resume)
+    place = cluster.detect()
+    num_processes = arguments.nproc
+    if num_processes is not None and num_processes < 1:
+        raise UserError(f"--nproc {num_processes}: at least one rank is needed")
+    is_launcher = num_processes is not None and num_processes > 1 and "RANK" not in os.environ
+    if is_launcher:
+        place = cluster.Cluster(0, num_processes, 0, num_processes, "--nproc")
+    inspected = inspect(request, place.world_size)
+    if arguments.dry_run:
+        print(describe(request, inspected, place))  # noqa: T201
+        return EXIT_DONE
+    if is_launcher:
+        command = [sys.executable, "-m", "pretrain", *sys.argv[1:]]
+        return cluster.launch_local(command, num_processes)
+    try:
+        run(request, inspected, place)
+    finally:
+        cluster.disconnect()
+    return EXIT_DONE
+
+
+def _shards(arguments: argparse.Namespace) -> int:
+    from pretrain.data.manifest import index_folder
+
+    manifest = index_folder(arguments.folder, arguments.out)
+    for name in manifest.split_names:
+        split = manifest.split(name)
+        print(f"{name}: {split.num_samples} samples in {len(split.shards)} shards")  # noqa: T201
+    print(f"index written to {arguments.out or arguments.folder}")  # noqa: T201
+    return EXIT_DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from pretrain.export.timm_folder import export_timm
+
+    report = export_timm(arguments.run, arguments.out, arguments.weights)
+    print(report)  # noqa: T201
+    return EXIT_DONE
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+_COMMANDS = {"train": _train, "shards": _shards, "export": _export, "evaluate": _evaluate}

@@ -1,0 +1,242 @@
+"""Where this process stands among the ranks of a run, and how they talk to each other.
+
+The only file that reads launcher variables and makes process groups.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.errors import EXIT_FAILED, UserError
+from pretrain.peers import ALONE, Peers
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """This process's place in the run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launcher: str = "single process"
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        return self.world_size // self.local_world_size
+
+    @property
+    def device(self) -> torch.device:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # a launcher that shows each task one GPU leaves only index 0
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+
+def _number(variables: Mapping[str, str], name: str) -> int:
+    try:
+        return int(variables[name])
+    except KeyError:
+        raise UserError(
+            f"{name}: not set, though the launcher set RANK; start with one launcher only"
+        ) from None
+    except ValueError:
+        raise UserError(f"{name}: '{variables[name]}' is not a number; check the launcher") from None
+
+
+def detect(variables: Mapping[str, str] = os.environ) -> Cluster:
+    """Read the layout that torchrun, the deepspeed launcher, srun or our own launcher announced."""
+    if "RANK" in variables:
+        launcher = variables.get("PRETRAIN_LAUNCHER") or (
+            "torchrun" if "TORCHELASTIC_RUN_ID" in variables else "environment"
+        )
+        cluster = Cluster(
+            _number(variables, "RANK"),
+            _number(variables, "WORLD_SIZE"),
+            _number(variables, "LOCAL_RANK"),
+            int(variables.get("LOCAL_WORLD_SIZE", variables["WORLD_SIZE"])),
+            launcher,
+        )
+    elif int(variables.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in variables:
+        tasks, nodes = _number(variables, "SLURM_NTASKS"), int(variables.get("SLURM_NNODES", "1"))
+        cluster = Cluster(
+            _number(variables, "SLURM_PROCID"),
+            tasks,
+            _number(variables, "SLURM_LOCALID"),
+            tasks // nodes,
+            "srun",
+        )
+    else:
+        return Cluster()
+    if not 0 <= cluster.rank < cluster.world_size:
+        raise UserError(
+            f"RANK: {cluster.rank} is not below WORLD_SIZE {cluster.world_size}; check the launcher"
+        )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if cluster.world_size > 1 and name not in variables:
+            raise UserError(f"{name}: not set; ranks need it to find each other")
+    return cluster
+
+
+def connect(cluster: Cluster) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs. DeepSpeed needs one even for a single rank."""
+    if dist.is_initialized():
+        return
+    device = cluster.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    os.environ.update(
+        RANK=str(cluster.rank), WORLD_SIZE=str(cluster.world_size), LOCAL_RANK=str(cluster.local_rank)
+    )
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=cluster.rank, world_size=cluster.world_size, timeout=TIMEOUT)
+
+
+def disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward sums every rank's gradient for the local rows (METHODS A3)."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, local: Tensor) -> Tensor:
+        world = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(world, local.contiguous())
+        return torch.cat(world)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce; every rank used the sum, so the backward sums the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def peers(cluster: Cluster) -> Peers:
+    """The connected ranks, as losses and normalisation layers use them."""
+    if cluster.world_size == 1:
+        return ALONE
+    return Peers(cluster.rank, cluster.world_size, _Gather.apply, _Sum.apply)
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over ranks, without gradient."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def from_first(value: T) -> T:
+    """What rank 0 has, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch_local(command: Sequence[str], num_processes: int) -> int:
+    """Run `command` as ranks 0..num_processes-1 on this machine; returns the exit code of the first to fail.
+
+    When a rank fails the others are stopped, so nobody waits in a collective for a rank that is gone.
+    """
+    port = str(free_port())
+    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    processes = []
+    for rank in range(num_processes):
+        variables = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_processes),
+            "LOCAL_WORLD_SIZE": str(num_processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "PRETRAIN_LAUNCHER": "--nproc",
+        }
+        variables.setdefault("OMP_NUM_THREADS", str(threads))
+        processes.append(subprocess.Popen(command, env=variables))
+    code = 0
+    try:
+        while any(process.poll() is None for process in processes):
+            failed = [process.returncode for process in processes if process.poll() not in (None, 0)]
+            if failed:
+                code = failed[0]
+                break
+            time.sleep(0.1)
+        else:
+            code = next((process.returncode for process in processes if process.returncode), 0)
+    except KeyboardInterrupt:
+        code = EXIT_FAILED
+    if code:
+        _stop(processes)
+        # the rank that knows the cause wins over those that only lost their peer
+        codes = [process.returncode for process in processes]
+        code = next((known for known in (2, 75) if known in codes), code)
+        if code < 0:
+            print(f"pretrain: a rank was killed by signal {-code}", file=sys.stderr)  # noqa: T201
+            code = 128 - code
+    return code
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + 10
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,244 @@
+"""RunConfig: the sum of the parts' settings, read strictly from YAML and `key=value` overrides."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from pretrain.data.loader import DataConfig
+from pretrain.engine.engine import EngineConfig
+from pretrain.errors import ConfigError, nearest
+from pretrain.metrics.exporter import PrometheusConfig
+from pretrain.models.backbone import BackboneConfig
+from pretrain.optim import NotNegative, OptimConfig
+from pretrain.tasks import TASKS
+from pretrain.tasks.balance import BalanceConfig
+from pretrain.views.plan import ViewConfig
+
+Count = Annotated[int, Field(gt=0)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NormalizationConfig(_Settings):
+    """Per-channel mean and standard deviation of the pixels in [0, 1]; ImageNet's by default."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class BatchConfig(_Settings):
+    """The global batch is over all ranks; the micro batch follows from the number of ranks."""
+
+    global_size: Count
+    accumulation_steps: Count = 1
+
+
+class ScheduleConfig(_Settings):
+    """How long, in steps or in epochs; the learning rate warms up linearly, then falls along half a cosine."""
+
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_epochs: NotNegative | None = None
+    final_lr: NotNegative = 1e-6
+
+
+class TeacherConfig(_Settings):
+    """An averaged copy of the backbone; its momentum goes from this value to 1 along half a cosine."""
+
+    momentum: Annotated[float, Field(ge=0.0, le=1.0)] = 0.996
+
+
+class CheckpointConfig(_Settings):
+    every_steps: Count = 1000
+    keep_last: Count = 3
+    keep_every_steps: Count | None = None  # milestones that are never removed
+
+
+class LogConfig(_Settings):
+    every_steps: Count = 10
+    prometheus: PrometheusConfig = PrometheusConfig()
+
+
+class GuardConfig(_Settings):
+    max_nonfinite_steps: Count = 10  # in a row; then the run stops
+
+
+class _AnyTasks(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def enabled(self) -> dict[str, Any]:
+        """The settings of the tasks that are named, in the order of the TASKS table."""
+        return {name: getattr(self, name) for name in TASKS if getattr(self, name) is not None}
+
+
+_FIELDS: dict[str, Any] = {name: (spec.config | None, None) for name, spec in TASKS.items()}
+TasksConfig: Any = create_model("TasksConfig", __base__=_AnyTasks, **_FIELDS)
+
+
+class RunConfig(_Settings):
+    """A run, completely."""
+
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    model: BackboneConfig = BackboneConfig()
+    normalization: NormalizationConfig = NormalizationConfig()
+    data: DataConfig
+    views: dict[str, ViewConfig]
+    tasks: TasksConfig
+    balance: BalanceConfig = BalanceConfig()
+    teacher: TeacherConfig | None = None
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig
+    batch: BatchConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    guard: GuardConfig = GuardConfig()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain YAML without surprises: a repeated key is an error, and 1e-4 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise ConfigError(
+                    f"line {key.start_mark.line + 1}: the key '{key.value}' stands twice; remove one"
+                )
+            seen.add(key.value)
+        self.flatten_mapping(node)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise ConfigError(f"{where}:{line} {problem}") from None
+
+
+def _override(settings: dict[str, Any], argument: str) -> None:
+    """Apply one `a.b.c=value`; the value is YAML."""
+    path, separator, text = argument.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"'{argument}': an override reads key=value, such as optim.base_lr=3e-4")
+    *parents, last = path.split(".")
+    target = settings
+    for parent in parents:
+        inner = target.get(parent)
+        if inner is None:
+            inner = target[parent] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{path}: '{parent}' is a single value, it holds no '{last}'")
+        target = inner
+    target[last] = _parse_yaml(text, path)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML and apply the overrides.
+
+    Raises ConfigError with one line that names each wrong key, what is expected and the nearest known name.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file") from None
+    settings = _parse_yaml(text, str(path))
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, such as `seed: 0`")
+    for argument in overrides:
+        _override(settings, argument)
+    _inline_deepspeed(settings, path)
+    try:
+        # by way of JSON: strict types, yet lists for tuples and text for paths
+        text = json.dumps(settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return validate(text, str(path))
+
+
+def validate(settings_json: str, where: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate_json(settings_json, strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_describe(error, json.loads(settings_json))}") from None
+
+
+def _inline_deepspeed(settings: Mapping[str, Any], config_path: Path) -> None:
+    """`engine.deepspeed` may name a JSON file, relative to the config; its content takes its place."""
+    engine = settings.get("engine")
+    if not isinstance(engine, dict) or not isinstance(engine.get("deepspeed"), str):
+        return
+    path = config_path.parent / engine["deepspeed"]
+    try:
+        engine["deepspeed"] = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"engine.deepspeed: {path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"engine.deepspeed: {path} is not valid JSON ({error})") from None
+
+
+def _describe(error: ValidationError, settings: Any) -> str:
+    """All problems of a validation error in one line."""
+    problems = []
+    for detail in error.errors():
+        location = [part for part in detail["loc"] if not str(part).startswith(("function-", "literal"))]
+        where = ".".join(str(part) for part in location)
+        if detail["type"] == "extra_forbidden":
+            problems.append(
+                f"{where}: unknown setting; {nearest(str(location[-1]), _known_keys(location[:-1]))}"
+            )
+        elif detail["type"] == "missing":
+            problems.append(f"{where}: is required")
+        else:
+            got = detail.get("input")
+            value = f" (got {got!r})" if isinstance(got, (str, int, float, bool, list)) or got is None else ""
+            problems.append(f"{where}: {detail['msg']}{value}")
+    return "; ".join(problems)
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    """Field names of the settings at a place of the config."""
+    model: Any = RunConfig
+    for part in location:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        model = _model_in(field.annotation) if field else _model_in(model)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The settings class inside an annotation such as `X | None` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,86 @@
+"""One lane of the order: its blocks read in sequence, each while the one before is being used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pretrain.data.manifest import Shard
+from pretrain.data.order import Order
+from pretrain.data.reader import EncodedSample, ShardReader
+
+
+@dataclass(frozen=True)
+class LoadedBlock:
+    """The encoded samples of a block, in the order they are handed out."""
+
+    samples: list[EncodedSample]
+    epochs: list[int]
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A sample of a batch, and the block around it, from which it is replaced if it does not decode."""
+
+    block: LoadedBlock
+    place: int
+
+    @property
+    def sample(self) -> EncodedSample:
+        return self.block.samples[self.place]
+
+    @property
+    def epoch(self) -> int:
+        return self.block.epochs[self.place]
+
+
+class Lane:
+    """One lane's blocks in sequence, the next one always being read."""
+
+    def __init__(
+        self,
+        order: Order,
+        shards: Sequence[Shard],
+        lane: int,
+        start_micro_step: int,
+        readers: ThreadPoolExecutor,
+    ) -> None:
+        self.lane = lane
+        self.order = order
+        self.reader = ShardReader(shards)
+        self.readers = readers
+        first = order.slices(start_micro_step)[0]
+        self.current: tuple[int, int] | None = None
+        self.ahead = first.round, first.block
+        self.loading = readers.submit(self._load, *self.ahead)
+
+    def block(self, round_index: int, block: int) -> LoadedBlock:
+        """A block, in memory: the current one or the one that follows it."""
+        if (round_index, block) != self.current:
+            assert (round_index, block) == self.ahead, "blocks are read in sequence"
+            self.loaded = self.loading.result()
+            self.current = self.ahead
+            last = block + 1 == self.order.num_blocks
+            self.ahead = (round_index + 1, 0) if last else (round_index, block + 1)
+            self.loading = self.readers.submit(self._load, *self.ahead)
+        return self.loaded
+
+    def _load(self, round_index: int, block: int) -> LoadedBlock:
+        runs, permutation = self.order.block(self.lane, round_index, block)
+        samples = self.reader.read(runs)
+        epochs = [run.epoch for run in runs for _ in range(run.start, run.stop)]
+        places = permutation.tolist()
+        return LoadedBlock([samples[place] for place in places], [epochs[place] for place in places])
+
+
+def picks(order: Order, lanes: Sequence[Lane], micro_step: int) -> list[Pick]:
+    """Where the samples of a batch lie: lane after lane, as `Order.batch` has them."""
+    parts = order.slices(micro_step)
+    return [
+        Pick(block, place)
+        for lane in lanes
+        for part in parts
+        for block in [lane.block(part.round, part.block)]
+        for place in range(part.start, part.stop)
+    ]

@@ -1,0 +1,131 @@
+"""Batches from a split that lies decoded on the device: for small images, where decoding costs most."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pretrain.data.batch import NO_LABEL, Batch, DataConfig, crop_places, crop_sizes
+from pretrain.data.decode import BadImage, decode
+from pretrain.data.manifest import Manifest
+from pretrain.data.order import Order
+from pretrain.data.quarantine import Quarantine
+from pretrain.data.reader import EncodedSample, read_split
+from pretrain.errors import DataError
+from pretrain.views.pixels import crop_resize
+from pretrain.views.plan import ViewConfig, crop_boxes
+
+
+class ResidentBatches:
+    """The same order and the same crops as a stream, cut on the device from one uint8 tensor."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        order: Order,
+        views: Sequence[ViewConfig],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        start_micro_step: int = 0,
+        device: torch.device | str = "cpu",
+        quarantine_path: Path | None = None,
+    ) -> None:
+        order.lanes_of(rank, world_size)  # an impossible sharing is told before anything is read
+        self.wait_seconds = 0.0
+        self.order, self.views = order, tuple(views)
+        self.rank, self.world_size, self.micro_step = rank, world_size, start_micro_step
+        quarantine = Quarantine(quarantine_path, order.num_samples, config.max_bad_ratio)
+        images, samples, is_good = _decode_split(config, manifest, quarantine, order.num_samples)
+        self.num_bad = quarantine.num_bad
+        labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
+        self.images = torch.from_numpy(images).to(device)  # uint8 (N, H, W, 3)
+        self.sample_ids = torch.tensor([sample.sample_id for sample in samples])  # ascending
+        self.labels = torch.tensor(labels)
+        self.shown = _next_good(torch.from_numpy(is_good))  # int64 (N,): the row shown for each row
+
+    def __iter__(self) -> ResidentBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        begin = time.monotonic()
+        wanted = self.order.batch(self.micro_step, self.rank, self.world_size)
+        self.micro_step += 1
+        rows = self.shown[torch.searchsorted(self.sample_ids, wanted.sample_ids)]
+        device = self.images.device
+        sample_ids, epochs, labels, rows = (
+            values.to(device, non_blocking=True)
+            for values in (self.sample_ids[rows], wanted.epochs, self.labels[rows], rows)
+        )
+        batch = Batch(self._crops(rows, sample_ids, epochs), sample_ids, epochs, labels)
+        self.wait_seconds += time.monotonic() - begin
+        return batch
+
+    def close(self) -> None:
+        """Nothing runs beside the trainer."""
+
+    def _crops(self, rows: Tensor, sample_ids: Tensor, epochs: Tensor) -> tuple[Tensor, ...]:
+        images = self.images[rows]  # (B, H, W, 3)
+        heights, widths = (torch.full_like(rows, side) for side in images.shape[1:3])
+        crops: list[list[Tensor]] = [[] for _ in crop_sizes(self.views)]
+        for view_index, (view, (group, _)) in enumerate(
+            zip(self.views, crop_places(self.views), strict=True)
+        ):
+            boxes = crop_boxes(view, self.order.seed, epochs, sample_ids, view_index, heights, widths)
+            crops[group].append(crop_resize(images, boxes, view.size_px, view.interpolation))
+        return tuple(torch.stack(views) for views in crops)
+
+
+def _decode_split(
+    config: DataConfig, manifest: Manifest, quarantine: Quarantine, num_samples: int
+) -> tuple[NDArray[np.uint8], list[EncodedSample], NDArray[np.bool_]]:
+    """All images of the split, uint8 (N, H, W, 3), its samples, and which of them decoded."""
+    images: NDArray[np.uint8] | None = None
+    samples: list[EncodedSample] = []
+    is_good = np.zeros(num_samples, dtype=np.bool_)
+    with ThreadPoolExecutor(config.decode_threads) as pool:
+        decoded = pool.map(_decode_sample, read_split(manifest, config.split))
+        for row, (sample, pixels) in enumerate(decoded):
+            samples.append(sample)
+            if isinstance(pixels, BadImage):
+                quarantine.add(sample, pixels.reason)
+                continue
+            if images is None:
+                images = np.zeros((num_samples, *pixels.shape), dtype=np.uint8)
+            if pixels.shape != images.shape[1:]:
+                raise DataError(
+                    f"{manifest.folder}: data.resident needs images of one size, but there are "
+                    f"{_size(images[0])} and {_size(pixels)} px ({sample.key!r} in {sample.shard}); "
+                    "set data.resident: false"
+                )
+            images[row] = pixels
+            is_good[row] = True
+    if images is None:
+        raise DataError(f"{manifest.folder}: no image of split '{config.split}' decodes; check the shards")
+    return images, samples, is_good
+
+
+def _decode_sample(sample: EncodedSample) -> tuple[EncodedSample, NDArray[np.uint8] | BadImage]:
+    try:
+        return sample, decode(sample.image)
+    except BadImage as bad:
+        return sample, bad
+
+
+def _size(image: NDArray[np.uint8]) -> str:
+    return f"{image.shape[0]} x {image.shape[1]}"
+
+
+def _next_good(is_good: Tensor) -> Tensor:
+    """For each row itself if it is good, else the next good one, cyclically. bool (N,) -> int64 (N,)"""
+    good = is_good.nonzero().squeeze(1)
+    following = torch.searchsorted(good, torch.arange(len(is_good)))
+    return good[following % len(good)]

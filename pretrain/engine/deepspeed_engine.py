@@ -1,0 +1,239 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3, fp32 weights with bf16 autocast.
+
+The only file that imports deepspeed. The optimizer's state is read and written in the layout of the whole
+model, by parameter name. DeepSpeed's own checkpoint is a set of pickles tied to the number of ranks and to the
+ZeRO stage; another layout needs an offline conversion that unpickles them. This form is safe to read, and any
+stage, any number of ranks and the local engine continue from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.engine.engine import (
+    EngineConfig,
+    OptimizerState,
+    StepOutput,
+    Tally,
+    gather_values,
+    set_lr,
+    sum_of_squares,
+)
+from pretrain.errors import ConfigError
+from pretrain.optim import STATE_KEYS, OptimConfig, build_optimizer
+from pretrain.peers import Peers
+from pretrain.tasks.multitask import MultiTask
+from pretrain.views.prepare import Inputs
+
+# settings of the DeepSpeed JSON that follow from ours, and where to set them instead
+OWNED = {
+    "train_batch_size": "batch.global_size",
+    "train_micro_batch_size_per_gpu": "batch.global_size",
+    "gradient_accumulation_steps": "batch.accumulation_steps",
+    "gradient_clipping": "optim.clip_norm",
+    "torch_autocast": "engine.precision",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+}
+
+
+BUCKET_UNIT = 1024  # DeepSpeed wants buckets aligned
+
+
+def zero_stage(config: EngineConfig) -> int:
+    section = config.deepspeed.get("zero_optimization", {})
+    stage = section.get("stage", 0) if isinstance(section, dict) else None
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"engine.deepspeed.zero_optimization.stage: {stage!r} is not one of 0, 1, 2, 3")
+    return int(stage)
+
+
+def check_deepspeed_config(config: EngineConfig) -> None:
+    for key, owner in OWNED.items():
+        if key in config.deepspeed:
+            raise ConfigError(f"engine.deepspeed.{key}: follows from '{owner}'; remove it here and set that")
+    zero_stage(config)
+
+
+def resolve(
+    config: EngineConfig, optim: OptimConfig, sizes: tuple[int, int, int], num_parameters: int
+) -> dict[str, Any]:
+    """The complete DeepSpeed settings, every default that matters written out.
+
+    sizes: (global batch, accumulation steps, world size). Buckets given as "auto" become an eighth of the
+    model, so that several are in flight while the backward pass runs.
+    """
+    global_batch, accumulation, world_size = sizes
+    zero: dict[str, Any] = {
+        "stage": 0,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "round_robin_gradients": False,
+        "reduce_bucket_size": "auto",
+        "allgather_bucket_size": "auto",
+        **dict(config.deepspeed.get("zero_optimization", {})),  # type: ignore[call-overload]
+    }
+    bucket = max(1_000_000, num_parameters // 8)
+    for key, value in (
+        ("reduce_bucket_size", bucket),
+        ("allgather_bucket_size", max(bucket, num_parameters)),
+    ):
+        if zero[key] == "auto":
+            zero[key] = -(-value // BUCKET_UNIT) * BUCKET_UNIT
+    return {
+        "steps_per_print": 1 << 40,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,  # ours is torch's AdamW with a switch
+        "zero_force_ds_cpu_optimizer": False,
+        **config.deepspeed,
+        "zero_optimization": zero,
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": global_batch // accumulation // world_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optim.clip_norm,
+        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+    }
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed says a lot on import and start; only its warnings and errors are let through."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.WARNING)
+    log.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # AdamW with a switch
+    # torch renamed collectives that DeepSpeed calls by their old names
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    # an inference-only collective that would be compiled for half a minute at the first start on a CPU
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class DeepSpeedEngine:
+    """Trains on every rank of a process group that is already connected."""
+
+    def __init__(
+        self,
+        module: MultiTask,
+        config: EngineConfig,
+        optim: OptimConfig,
+        peers: Peers,
+        global_batch: int,
+        accumulation: int,
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        self.deepspeed = deepspeed
+        self.module = module.train()
+        self.peers = peers
+        self.accumulation_steps = accumulation
+        self.stage = zero_stage(config)
+        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(module, optim)
+        num_parameters = sum(p.numel() for p in self.parameters)
+        self.settings = resolve(config, optim, (global_batch, accumulation, peers.world_size), num_parameters)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=self.optimizer, config=self.settings, dist_init_required=False
+            )
+        if self.stage == 3:
+            # tokens and positions are parameters of the backbone itself, read outside its own forward
+            for parameter in (*module.backbone.parameters(recurse=False), *module.parameters(recurse=False)):
+                deepspeed.zero.register_external_parameter(module, parameter)
+        self._link_optimizer_state()
+
+    def _flats(self) -> list[Tensor]:
+        """What the optimizer steps: the parameters themselves, or this rank's flat partitions of them."""
+        if self.stage == 0:
+            return list(self.parameters)
+        if self.stage == 3:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return list(self.engine.optimizer.single_partition_of_fp32_groups)
+
+    def _link_optimizer_state(self) -> None:
+        """Make the state now, not in the first step, so that it can be read and set at any time."""
+        for flat in self._flats():
+            self.optimizer.state_for(flat)
+        if self.stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's share of the reduced gradients, between backward and step."""
+        if self.stage == 0:
+            return [p.grad for p in self.parameters if p.grad is not None]
+        partitions = self.engine.optimizer.averaged_gradients.values()
+        return [gradient for partition in partitions if partition is not None for gradient in partition]
+
+    def train_step(self, micro_inputs: Iterator[Inputs], lr: float, tally: Tally) -> StepOutput:
+        outputs = []
+        for micro_step in range(self.accumulation_steps):
+            output = self.engine(next(micro_inputs))
+            self.engine.backward(output["total"])
+            outputs.append({name: value.detach() for name, value in output.items()})
+            if micro_step < self.accumulation_steps - 1:
+                self.engine.step()  # not a boundary: only counts the micro step
+        extra = tally()
+        squares = sum_of_squares(self._gradients(), extra.device)
+        if self.stage == 0:
+            squares = squares / self.peers.world_size  # every rank holds all of it
+        with torch.no_grad():
+            values, grad_norm, skipped = gather_values(
+                outputs, squares, extra, self.peers.sum, self.peers.world_size
+            )
+        set_lr(self.optimizer, lr)
+        self.optimizer.skipping = skipped
+        self.engine.step()
+        self.optimizer.skipping = False
+        return StepOutput(values, grad_norm, skipped)
+
+    def student(self, of: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in of.named_parameters():
+            with self.deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                yield name, parameter.detach()
+        yield from of.named_buffers()
+
+    def weights(self) -> dict[str, Tensor]:
+        state = {}
+        for name, value in self.student(self.module, ""):
+            state[name] = value.detach().cpu().clone()
+        return state
+
+    def optimizer_state(self) -> OptimizerState:
+        num_steps = int(self.optimizer.state_for(self._flats()[0])["step"])
+        tensors = {}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            for key in STATE_KEYS:
+                if self.stage == 0:
+                    value = self.optimizer.state_for(parameter)[key]
+                else:
+                    value = self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+                if self.peers.rank == 0:
+                    tensors[f"{key}.{name}"] = value.detach().float().cpu().clone()
+        return OptimizerState(num_steps, tensors)
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        for flat in self._flats():
+            self.optimizer.state_for(flat)["step"].fill_(state.num_steps)
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            for key in STATE_KEYS:
+                value = state.tensors[f"{key}.{name}"].to(parameter.device)
+                if self.stage == 0:
+                    self.optimizer.state_for(parameter)[key].copy_(value)
+                else:
+                    self.deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)

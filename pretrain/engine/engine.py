@@ -1,0 +1,112 @@
+"""What the training loop asks of an engine; it cannot tell the implementations apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from pretrain.optim import AdamW
+from pretrain.tasks.multitask import MultiTask
+from pretrain.views.prepare import Inputs
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """One optimizer step, averaged over its micro steps and over all ranks."""
+
+    values: dict[str, float]  # `total`, `loss/T`, `weight/T`, `T/<metric>`, and what `extra` gave, summed
+    grad_norm: float  # global, before clipping; not finite for a step skipped because of its gradients
+    skipped: bool  # a loss or gradient was not finite on some rank, so nothing was changed on any
+
+
+class EngineConfig(BaseModel):
+    """How the module is trained: by DeepSpeed, or by plain torch on one process."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["deepspeed", "local"] = "deepspeed"
+    precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products; weights are fp32 in both
+    recompute: bool = False  # recompute blocks in the backward pass to save memory
+    deepspeed: dict[str, object] = {"zero_optimization": {"stage": 1}}  # or the path of a JSON file
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """The optimizer's state in the layout of the whole model, whatever the ranks and the ZeRO stage."""
+
+    num_steps: int  # steps taken, without the skipped ones
+    tensors: dict[str, Tensor]  # "<key>.<parameter name>": shaped like the parameter, fp32, on the CPU
+
+
+Tally = Callable[[], Tensor]
+
+
+class Engine(Protocol):
+    """Trains a MultiTask module. Every method is called on all ranks at the same time."""
+
+    module: MultiTask
+
+    def train_step(self, micro_inputs: Iterator[Inputs], lr: float, tally: Tally) -> StepOutput:
+        """Take one optimizer step on `accumulation_steps` inputs from the iterator.
+
+        tally: asked once the inputs are used up; float64 (E,) of this rank, summed over ranks along with
+        the metrics and returned as `extra/0` ... in `values`, so that a step needs one small collective only.
+        """
+        ...
+
+    def student(self, of: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Full fp32 parameters, then buffers, of a part of the module, by name below `prefix`."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full fp32 state dict of the module on the CPU; complete on rank 0."""
+        ...
+
+    def optimizer_state(self) -> OptimizerState:
+        """Complete on rank 0."""
+        ...
+
+    def load_optimizer_state(self, state: OptimizerState) -> None: ...
+
+
+def gather_values(
+    outputs: list[dict[str, Tensor]],
+    squares: Tensor,
+    extra: Tensor,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    world_size: int,
+) -> tuple[dict[str, float], float, bool]:
+    """Average the outputs of the micro steps over micro steps and ranks, and agree on whether to skip.
+
+    squares: float64 (), this rank's share of the squared gradient norm. One collective and one wait for the
+    device per step. Returns the named values, the global gradient norm, and whether a loss or a gradient was
+    not finite on any rank.
+    """
+    names = list(outputs[0])
+    means = torch.stack([torch.stack([output[name].double() for name in names]) for output in outputs]).mean(
+        0
+    )
+    nonfinite = ~(torch.isfinite(squares) & torch.isfinite(means[names.index("total")]))
+    head = torch.stack([nonfinite.double(), squares])
+    summed = sum_over_ranks(torch.cat([head, extra.to(means.device, torch.float64), means])).tolist()
+    first_mean = 2 + len(extra)
+    values = {f"extra/{i}": value for i, value in enumerate(summed[2:first_mean])}
+    values |= {name: value / world_size for name, value in zip(names, summed[first_mean:], strict=True)}
+    return values, summed[1] ** 0.5, summed[0] > 0
+
+
+def sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """float64 (), not finite if an element of a gradient is not; stays on the device."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+
+
+def set_lr(optimizer: AdamW, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,38 @@
+"""Errors that are the user's to mend, each told in one line: what is wrong, where, and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75
+
+
+class UserError(Exception):
+    """Wrong input; the command line prints it as one line and exits with 2."""
+
+
+class ConfigError(UserError):
+    """A setting that is unknown, of the wrong type or impossible."""
+
+
+class DataError(UserError):
+    """Shards that are missing, not indexed, or damaged."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used: absent, damaged, or of another model."""
+
+
+class TrainingError(Exception):
+    """A run that must stop through no fault of its input (exit code 1)."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known name, or the list of known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"

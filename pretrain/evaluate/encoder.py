@@ -1,0 +1,257 @@
+"""The network under evaluation: opened from an export, a run, a checkpoint or timm, with the input it wants.
+
+Everything here is frozen, in eval mode and float32; images are cropped the same way every time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from pretrain.errors import CheckpointError, UserError, nearest
+from pretrain.export.parity import rebuild
+from pretrain.export.source import WeightsName, is_run, read_weights, sha256_of
+from pretrain.export.timm_folder import crop_ratio
+from pretrain.models.backbone import create_backbone
+from pretrain.tokens import TokenLayout
+
+FeatureName = Literal["class", "mean_patch", "pooled", "pixels"]
+FEATURES: tuple[FeatureName, ...] = ("class", "mean_patch", "pooled")
+
+PIXELS = "pixels"  # the weights' name for no network at all
+PIXELS_PX = 16
+UNTRAINED = "untrained:"  # before a weights' name: its architecture with fresh weights
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """Resize the shorter side, then cut the centre; an image of the wanted size is left as it is."""
+
+    size_px: int
+    resize_px: int  # length of the shorter side before the cut
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS:
+            raise UserError(
+                f"interpolation '{self.interpolation}': {nearest(self.interpolation, INTERPOLATIONS)}"
+            )
+
+    def __call__(self, image: NDArray[np.uint8]) -> Tensor:
+        """uint8 (H, W, 3) -> uint8 (3, size, size)"""
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        height, width = pixels.shape[1:]
+        if (height, width) == (self.size_px, self.size_px):
+            return pixels
+        scale = self.resize_px / min(height, width)
+        resized = [max(self.resize_px, round(side * scale)) for side in (height, width)]
+        if resized != [height, width]:
+            pixels = F.interpolate(pixels[None], resized, mode=self.interpolation, antialias=True)[0]
+        top, left = ((side - self.size_px) // 2 for side in resized)
+        return pixels[:, top : top + self.size_px, left : left + self.size_px]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen network, and how an image becomes one feature vector."""
+
+    weights: str  # as the user named it
+    model: nn.Module
+    feature: FeatureName
+    crop: CentreCrop
+    mean: tuple[float, ...]  # of pixels in [0, 1]
+    std: tuple[float, ...]
+    num_features: int
+    origin: dict[str, Any]  # where the weights come from, for the results
+    layout: TokenLayout | None = None  # None: not a Vision Transformer of timm
+
+    def to(self, device: torch.device | str) -> Encoder:
+        return replace(self, model=self.model.to(device))
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, size, size), on the model's device -> float32 (B, D)"""
+        mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
+        pixels = (images.float() / 255 - mean) / std
+        if self.feature == PIXELS:
+            return pixels.flatten(1)
+        tokens = self.model.forward_features(pixels)  # type: ignore[operator]
+        if self.feature == "class" and self.layout is not None:
+            features = self.layout.class_token(tokens)
+        elif self.feature == "mean_patch" and self.layout is not None:
+            features = self.model.fc_norm(self.layout.patches(tokens).mean(dim=1))  # type: ignore[operator]
+        else:
+            features = self.model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+        result: Tensor = features.float()
+        return result
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "weights": self.weights,
+            "feature": self.feature,
+            "num_features": self.num_features,
+            "image_px": self.crop.size_px,
+            "resize_px": self.crop.resize_px,
+            "interpolation": self.crop.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            **self.origin,
+        }
+
+
+def open_encoder(
+    weights: str | Path, feature: FeatureName | None = None, network: WeightsName | None = None
+) -> Encoder:
+    """Open what `weights` names: an exported folder, a run, a checkpoint, a timm model, or `pixels`.
+
+    `untrained:` before a name keeps its architecture and draws fresh weights from seed 0.
+    feature: what one image becomes; None takes the class token where there is one, else the mean of the patch
+    tokens, else timm's own pooling. network: teacher or student of a run.
+    """
+    name = str(weights)
+    if name == PIXELS:
+        crop = CentreCrop(PIXELS_PX, PIXELS_PX, "bilinear")
+        grey = (0.5, 0.5, 0.5)
+        return Encoder(name, nn.Identity(), "pixels", crop, grey, grey, 3 * PIXELS_PX**2, {"kind": "pixels"})
+    untrained = name.startswith(UNTRAINED)
+    target = name.removeprefix(UNTRAINED)
+    folder = Path(target)
+    if (folder / "config.json").is_file():
+        encoder = _open_export(folder, trained=not untrained)
+    elif folder.is_dir() and is_run(folder):
+        encoder = _open_run(folder, network, trained=not untrained)
+    elif timm.is_model(target.split(".")[0]):
+        encoder = _open_timm(target, trained=not untrained)
+    elif folder.exists():
+        raise UserError(f"{folder}: neither an exported folder, a run nor a checkpoint")
+    else:
+        known = nearest(target, timm.list_models())
+        hint = f"; {known}" if known.startswith("did") else ""
+        raise UserError(f"'{target}': no such folder, and timm has no model of this name{hint}")
+    encoder.model.eval().requires_grad_(False)
+    return replace(encoder, weights=name, feature=_choose_feature(encoder, feature))
+
+
+def _choose_feature(encoder: Encoder, asked: FeatureName | None) -> FeatureName:
+    layout = encoder.layout
+    if asked is None:
+        return "pooled" if layout is None else "class" if layout.has_class_token else "mean_patch"
+    if asked not in FEATURES:
+        raise UserError(f"feature '{asked}': {nearest(asked, FEATURES)}")
+    if asked != "pooled" and layout is None:
+        raise UserError(f"feature '{asked}': this model has no tokens of that kind; use 'pooled'")
+    if asked == "class" and layout is not None and not layout.has_class_token:
+        raise UserError("feature 'class': this model has no class token; use 'mean_patch'")
+    return asked
+
+
+def _open_export(folder: Path, trained: bool) -> Encoder:
+    origin: dict[str, Any] = {"kind": "export" if trained else "untrained"}
+    report = folder / "export_report.json"
+    if trained and report.is_file():  # other people's timm folders have none
+        record = json.loads(report.read_text())
+        if sha256_of(folder / "model.safetensors") != record["model_sha256"]:
+            raise CheckpointError(
+                f"{folder / 'model.safetensors'}: not the file that was exported; export again"
+            )
+        origin |= {"step": record["source_step"], "sha256": record["model_sha256"]}
+    return _from_timm(lambda: timm.create_model(f"local-dir:{folder}", pretrained=trained), origin)
+
+
+def _open_run(folder: Path, network: WeightsName | None, trained: bool) -> Encoder:
+    source = read_weights(folder, network)
+    num_registers = len(source.registers)
+    model = rebuild(source) if trained else _fresh(lambda: create_backbone(source.backbone, num_registers))
+    origin = {"kind": "checkpoint", "network": source.weights, "step": source.step, "sha256": source.sha256}
+    side = source.backbone.img_px
+    return Encoder(
+        weights=str(folder),
+        model=model,
+        feature="pooled",
+        crop=CentreCrop(side, int(side / crop_ratio(side)), source.interpolation),
+        mean=source.mean,
+        std=source.std,
+        num_features=source.embed_dim,
+        origin=origin if trained else {"kind": "untrained"},
+        layout=_layout(model),
+    )
+
+
+def _open_timm(name: str, trained: bool) -> Encoder:
+    if not trained:
+        return _from_timm(lambda: timm.create_model(name, num_classes=0), {"kind": "untrained"})
+    overlay = {"file": str(_cached_file(name)), "custom_load": False}
+    return _from_timm(
+        lambda: timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay),
+        {"kind": "timm"},
+    )
+
+
+def _cached_file(name: str) -> Path:
+    """The weights of a timm model that were downloaded before; an evaluation downloads nothing itself."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise UserError(f"timm has no pretrained weights for '{name}'; for a comparison use untrained:{name}")
+    if config.file and Path(config.file).is_file():
+        return Path(config.file)
+    repository = (
+        f"timm/{config.architecture}.{config.tag}" if config.hf_hub_id == "timm/" else config.hf_hub_id
+    )
+    if repository:
+        cached = try_to_load_from_cache(repository, config.hf_hub_filename or "model.safetensors")
+        if isinstance(cached, str):
+            return Path(cached)
+    raise UserError(
+        f"the weights of '{name}' are not on this machine; fetch them once with "
+        f"`python -c \"import timm; timm.create_model('{name}', pretrained=True)\"`"
+    )
+
+
+def _from_timm(create: Callable[[], nn.Module], origin: dict[str, Any]) -> Encoder:
+    """What timm itself says of a model: its tokens and its preprocessing."""
+    model = _fresh(create)
+    data = resolve_model_data_config(model)
+    side = int(data["input_size"][-1])
+    return Encoder(
+        weights="",
+        model=model,
+        feature="pooled",
+        crop=CentreCrop(side, int(side / data["crop_pct"]), data["interpolation"]),
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        num_features=int(model.num_features),  # type: ignore[arg-type]
+        origin=origin,
+        layout=_layout(model),
+    )
+
+
+def _fresh(create: Callable[[], nn.Module]) -> nn.Module:
+    """Build with the weights of seed 0, and keep the caller's random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return create()
+
+
+def _layout(model: nn.Module) -> TokenLayout | None:
+    if not isinstance(model, VisionTransformer):
+        return None
+    rows, columns = model.patch_embed.grid_size
+    num_registers = model.num_prefix_tokens - int(model.has_class_token)
+    return TokenLayout(
+        (rows, columns), tuple(f"register {i}" for i in range(num_registers)), model.has_class_token
+    )

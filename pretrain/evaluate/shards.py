@@ -1,0 +1,85 @@
+"""The labelled shards of an evaluation: which split a name means, and its images as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from pretrain.data.decode import BadImage, decode
+from pretrain.data.manifest import Manifest
+from pretrain.data.reader import EncodedSample, read_split
+from pretrain.errors import DataError
+from pretrain.evaluate.encoder import CentreCrop
+
+Role = Literal["train", "test"]
+
+USUAL_SPLITS: dict[Role, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}  # best first
+
+
+@dataclass(frozen=True)
+class LabelledSplit:
+    """One split of a folder of shards."""
+
+    manifest: Manifest
+    name: str
+
+    def samples(self) -> Iterator[tuple[EncodedSample, int]]:
+        """Every sample and its class, in the order they are stored."""
+        for sample in read_split(self.manifest, self.name):
+            if sample.label is None:
+                raise DataError(
+                    f"{sample.shard}: sample '{sample.key}' has no label; an evaluation needs labels"
+                )
+            yield sample, sample.label
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.manifest.folder),
+            "split": self.name,
+            "manifest_sha256": self.manifest.hash,
+            "num_samples": self.manifest.split(self.name).num_samples,
+        }
+
+
+def find_split(where: str | Path, role: Role) -> LabelledSplit:
+    """The split that `DIR:split` names, or that `DIR` means for this role.
+
+    For `DIR` alone that is the usual name (train; test, else val), or the only split there is.
+    """
+    folder, asked = str(where), ""
+    if not Path(folder).is_dir() and ":" in folder:
+        folder, _, asked = folder.rpartition(":")
+    manifest = Manifest.load(folder)
+    if asked:
+        return LabelledSplit(manifest, manifest.split(asked).name)
+    names = manifest.split_names
+    usual = [name for name in USUAL_SPLITS[role] if name in names] or list(names if len(names) == 1 else ())
+    if not usual:
+        raise DataError(
+            f"{folder}: which split is the {role} set? It has: {', '.join(names)}; "
+            f"name one, as in --{role} {folder}:{names[0]}"
+        )
+    return LabelledSplit(manifest, usual[0])
+
+
+def refuse_overlap(train: LabelledSplit, test: LabelledSplit) -> None:
+    """No shard may be both learnt from and tested on, under whatever name."""
+    learnt = {shard.sha256: shard for shard in train.manifest.split(train.name).shards}
+    for shard in test.manifest.split(test.name).shards:
+        if shard.sha256 in learnt:
+            raise DataError(
+                f"--train {train.manifest.folder}:{train.name} and --test {test.manifest.folder}:{test.name} "
+                f"hold the same samples ({shard.name}); name different splits"
+            )
+
+
+def decode_and_crop(sample: EncodedSample, crop: CentreCrop) -> Tensor:
+    """Encoded image -> uint8 (3, size, size)"""
+    try:
+        return crop(decode(sample.image))
+    except BadImage as error:
+        raise DataError(f"{sample.shard}: image '{sample.key}' at byte {sample.offset}: {error}") from error

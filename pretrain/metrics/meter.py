@@ -1,0 +1,154 @@
+"""Turns steps into log lines, `metrics.jsonl` and published metrics. Nothing here can stop a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from pretrain.metrics import names
+from pretrain.metrics.exporter import Exporter
+
+logger = logging.getLogger("pretrain")
+
+
+class JsonLines:
+    """Appends one JSON object per line; a write that fails is reported once and the run goes on."""
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        self.path = path
+        self._failed = False
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_in(line) <= resumed_at]
+            path.write_text("".join(f"{line}\n" for line in kept))
+
+    def write(self, record: Mapping[str, object]) -> None:
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            if not self._failed:
+                logger.warning(
+                    "%s cannot be written (%s); training goes on without it", self.path, error.strerror
+                )
+            self._failed = True
+
+
+def _step_in(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # half a line, of a run that was killed while writing it
+
+
+class Meter:
+    """Counts what one rank saw; only rank 0 has one that writes.
+
+    headlines: the metric of each task that a log line shows.
+    """
+
+    def __init__(
+        self,
+        lines: JsonLines,
+        exporter: Exporter,
+        headlines: Mapping[str, str],
+        *,
+        every_steps: int,
+        num_steps: int,
+        global_batch: int,
+        images_per_epoch: int,
+    ) -> None:
+        self.lines = lines
+        self.exporter = exporter
+        self.headlines = headlines
+        self.every_steps = every_steps
+        self.num_steps = num_steps
+        self.global_batch = global_batch
+        self.images_per_epoch = images_per_epoch
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+        self._window_steps = 0
+        self._window_seconds = 0.0
+        self._window_wait_seconds = 0.0
+        self._window_skipped = 0
+        self._recent_seconds: list[float] = []
+
+    def record(
+        self, step: int, values: Mapping[str, float], *, skipped: bool, seconds: float, wait_seconds: float
+    ) -> None:
+        """Take in step number `step`, from 1. Values are averaged until the next record is written."""
+        publish = self.exporter
+        publish.add(names.STEPS, 1)
+        publish.add(names.IMAGES, self.global_batch)
+        publish.add(names.SKIPPED_STEPS, int(skipped))
+        publish.add(names.DATA_WAIT, wait_seconds)
+        publish.observe(names.STEP_SECONDS, seconds)
+        publish.set(names.EPOCH, step * self.global_batch / self.images_per_epoch)
+        publish.set(names.GRAD_NORM, values["grad_norm"])
+        publish.set(names.LEARNING_RATE, values["lr"])
+        if "momentum" in values:
+            publish.set(names.MOMENTUM, values["momentum"])
+        publish.publish_step(
+            {name: value for name, value in values.items() if name == "total" or "/" in name}
+        )
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._sums[name] += value
+                self._counts[name] += 1
+        self._window_steps += 1
+        self._window_seconds += seconds
+        self._window_wait_seconds += wait_seconds
+        self._window_skipped += int(skipped)
+        if step == 1 or step % self.every_steps == 0 or step == self.num_steps:
+            self._write(step, values)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        rate = self.global_batch * self._window_steps / max(self._window_seconds, 1e-9)
+        self.exporter.set(names.IMAGES_PER_SECOND, rate)
+        # the first step compiles and warms up, so it does not count towards the time left
+        if step > 1:
+            self._recent_seconds.append(self._window_seconds / self._window_steps)
+            del self._recent_seconds[:-20]
+        counts = self._counts
+        means = {name: self._sums[name] / counts[name] if counts.get(name) else None for name in values}
+        record: dict[str, object] = {
+            "step": step,
+            "images": step * self.global_batch,
+            "epoch": round(step * self.global_batch / self.images_per_epoch, 4),
+            "images_per_second": round(rate, 2),
+            "step_seconds": round(self._window_seconds / self._window_steps, 5),
+            "data_wait_seconds": round(self._window_wait_seconds / self._window_steps, 5),
+            "skipped_steps": self._window_skipped,
+            **means,
+            "unix_time": round(time.time(), 2),
+        }
+        # the digest of the samples identifies one batch; its mean would say nothing
+        record["samples"] = values.get("samples")
+        self.lines.write(record)
+        logger.info(self._line(step, means, rate))
+        self._sums.clear()
+        self._counts.clear()
+        self._window_steps = self._window_skipped = 0
+        self._window_seconds = self._window_wait_seconds = 0.0
+
+    def _line(self, step: int, means: Mapping[str, float | None], rate: float) -> str:
+        def shown(value: float | None) -> str:
+            return "nan" if value is None else f"{value:.3f}"
+
+        parts = [f"step {step}/{self.num_steps}", f"loss {shown(means['total'])}"]
+        for task, metric in self.headlines.items():
+            parts.append(
+                f"{task} {shown(means[f'loss/{task}'])} ({metric} {shown(means[f'{task}/{metric}'])})"
+            )
+        parts.append(f"lr {means['lr']:.2e}")
+        parts.append(f"{rate:.0f} images/s")
+        if self._window_skipped:
+            parts.append(f"{self._window_skipped} skipped")
+        if self._recent_seconds:
+            left = (self.num_steps - step) * sum(self._recent_seconds) / len(self._recent_seconds)
+            parts.append(f"eta {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}")
+        return " | ".join(parts)

@@ -1,0 +1,46 @@
+"""Every metric that is published: one table, read by the exporter and checked against dashboards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+STEPS = Metric("pretrain_steps_total", "counter", "Optimizer steps, skipped ones included.")
+IMAGES = Metric("pretrain_images_total", "counter", "Images trained on, over all ranks.")
+EPOCH = Metric("pretrain_epoch", "gauge", "Passes over the data so far.")
+LOSS = Metric("pretrain_loss", "gauge", "Loss of the last step; task 'total' is the balanced sum.", ("task",))
+LOSS_WEIGHT = Metric("pretrain_loss_weight", "gauge", "Weight of a task's loss in the total.", ("task",))
+TASK_METRIC = Metric("pretrain_task_metric", "gauge", "Pretext metric of the last step.", ("task", "metric"))
+GRAD_NORM = Metric("pretrain_gradient_norm", "gauge", "Global gradient norm before clipping.")
+LEARNING_RATE = Metric("pretrain_learning_rate", "gauge", "Learning rate of the last step.")
+MOMENTUM = Metric("pretrain_teacher_momentum", "gauge", "Momentum of the teacher's last update.")
+STEP_SECONDS = Metric("pretrain_step_seconds", "histogram", "Wall time of an optimizer step.")
+DATA_WAIT = Metric("pretrain_data_wait_seconds_total", "counter", "Time the trainer waited for batches.")
+IMAGES_PER_SECOND = Metric(
+    "pretrain_images_per_second", "gauge", "Images per second over all ranks, since the last log line."
+)
+BACKBONE_CALLS = Metric("pretrain_backbone_calls_total", "counter", "Encoder passes of this rank.")
+SKIPPED_STEPS = Metric(
+    "pretrain_nonfinite_steps_total", "counter", "Steps skipped for a loss or gradient that was not finite."
+)
+BAD_SAMPLES = Metric(
+    "pretrain_bad_samples_total",
+    "counter",
+    "Samples of this rank replaced because they could not be decoded.",
+)
+CHECKPOINT_SECONDS = Metric("pretrain_checkpoint_seconds", "gauge", "Time the last checkpoint took to write.")
+CHECKPOINT_STEP = Metric("pretrain_checkpoint_step", "gauge", "Step of the last checkpoint.")
+
+METRICS = (
+    STEPS, IMAGES, EPOCH, LOSS, LOSS_WEIGHT, TASK_METRIC, GRAD_NORM, LEARNING_RATE, MOMENTUM, STEP_SECONDS,
+    DATA_WAIT, IMAGES_PER_SECOND, BACKBONE_CALLS, SKIPPED_STEPS, BAD_SAMPLES, CHECKPOINT_SECONDS, CHECKPOINT_STEP,
+)  # fmt: skip

@@ -1,0 +1,323 @@
+"""Every random decision about a view, as plain numbers: drawn here, applied in `pixels` and `corrupt`.
+
+A plan is a pure function of (recipe, seed, epoch, sample ids): the recipe for the pixels and, at the same
+time, the label for the tasks that predict geometry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from pretrain.randomness import uniform
+from pretrain.views import patch_plan
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+
+
+class Stream(IntEnum):
+    """What a random number is for. A view adds `view_index * STREAMS_PER_VIEW`."""
+
+    CROP = 0
+    FLIP = 1
+    JITTER = 2
+    GRAY = 3
+    BLUR = 4
+    SOLARIZE = 5
+    TURN = 6
+    PAIRS = 7
+    PATCHES = 8
+    JIGSAW = 9
+    TILE_CROP = 10
+    TILE_JITTER = 11
+    TILE_GRAY = 12
+
+
+STREAMS_PER_VIEW = 64
+ORDER_STREAM = 1 << 20  # first of the streams that belong to the data order; views stay below
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class JitterConfig(_Settings):
+    """As torchvision's ColorJitter, in random order: factors from [max(0, 1-x), 1+x], hue from [-x, x]."""
+
+    prob: Ratio = 0.8
+    brightness: Annotated[float, Field(ge=0.0)] = 0.4
+    contrast: Annotated[float, Field(ge=0.0)] = 0.4
+    saturation: Annotated[float, Field(ge=0.0)] = 0.2
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+
+
+class BlurConfig(_Settings):
+    """Gaussian blur with a kernel of a tenth of the side (odd, at least 3) and sigma from [low, high] px."""
+
+    prob: Ratio = 0.0
+    sigma_px: tuple[float, float] = (0.1, 2.0)
+
+
+class ViewConfig(_Settings):
+    """How one view of an image is made, in this order: crop, flip, colours, blur, solarize, turn, patches."""
+
+    size_px: Annotated[int, Field(gt=0)] = 224
+    scale: tuple[float, float] = (0.2, 1.0)  # area of the crop as a ratio of the image's
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    flip_prob: Ratio = 0.5
+    jitter: JitterConfig = JitterConfig()
+    gray_prob: Ratio = 0.2
+    blur: BlurConfig = BlurConfig()
+    solarize_prob: Ratio = 0.0
+    turn: bool = False  # rotate by a random quarter turn
+    corrupt: bool = True  # apply the patch-level tasks to this view
+
+
+def crop_boxes(
+    config: ViewConfig,
+    seed: int,
+    epochs: Tensor,
+    sample_ids: Tensor,
+    view_index: int,
+    heights: Tensor,
+    widths: Tensor,
+) -> Tensor:
+    """Place one crop per image, distributed as torchvision's RandomResizedCrop.get_params.
+
+    epochs, sample_ids, heights, widths: int64 (B,); sizes in px.
+    Returns int64 (B, 4): top, left, height, width.
+    """
+    stream = view_index * STREAMS_PER_VIEW + Stream.CROP
+    draws = uniform(seed, epochs, sample_ids, stream, 2 * CROP_TRIES + 2).double()
+    height, width = heights.double().unsqueeze(1), widths.double().unsqueeze(1)
+    low, high = config.scale
+    area = height * width * (low + (high - low) * draws[:, :CROP_TRIES])  # (B, tries)
+    log_low, log_high = math.log(config.aspect[0]), math.log(config.aspect[1])
+    aspect = torch.exp(log_low + (log_high - log_low) * draws[:, CROP_TRIES : 2 * CROP_TRIES])
+    crop_width, crop_height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (crop_width > 0) & (crop_width <= width) & (crop_height > 0) & (crop_height <= height)
+    first = fits.to(torch.int8).argmax(dim=1, keepdim=True)  # the first that fits, as torchvision's loop
+    # no try fits: the largest central crop within the aspect limits
+    ratio = width / height
+    central_width = torch.where(ratio > config.aspect[1], (height * config.aspect[1]).round(), width)
+    central_height = torch.where(ratio < config.aspect[0], (width / config.aspect[0]).round(), height)
+    any_fits = fits.any(dim=1, keepdim=True)
+    central_width = central_width.clamp(min=1).minimum(width)
+    central_height = central_height.clamp(min=1).minimum(height)
+    crop_width = torch.where(any_fits, crop_width.gather(1, first), central_width)
+    crop_height = torch.where(any_fits, crop_height.gather(1, first), central_height)
+    free_height, free_width = height - crop_height, width - crop_width
+    top_draw, left_draw = draws[:, -2:-1], draws[:, -1:]
+    top = torch.where(any_fits, top_draw * (free_height + 1), free_height / 2).floor()
+    left = torch.where(any_fits, left_draw * (free_width + 1), free_width / 2).floor()
+    return torch.cat([top, left, crop_height, crop_width], dim=1).long()
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """How many patches of a view each patch-level task works on; the sets never overlap."""
+
+    grid: tuple[int, int]
+    patch_px: int
+    colorization: int = 0
+    inpainting: int = 0
+    inpainting_block: bool = False  # one contiguous region instead of scattered patches
+    pairs: int = 0  # relative position; each pair holds two patches
+    pair_mode: Literal["neighbor", "any"] = "neighbor"
+    jigsaw: int = 0
+    jigsaw_mode: Literal["slot", "permset"] = "slot"
+    num_permutations: int = 100  # of the permset mode
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def total(self) -> int:
+        return self.colorization + self.inpainting + 2 * self.pairs + self.jigsaw
+
+
+@dataclass(frozen=True)
+class PatchSets:
+    """Disjoint sets of patch indices (row by row) of M views."""
+
+    colorization: Tensor  # int64 (M, colorization)
+    inpainting: Tensor  # int64 (M, inpainting)
+    pairs: Tensor  # int64 (M, pairs, 2)
+    jigsaw: Tensor  # int64 (M, jigsaw): slots; ascending in slot mode, cell by cell in permset mode
+    jigsaw_source: Tensor  # int64 (M, jigsaw): slot a receives the content of this patch
+    jigsaw_class: Tensor  # int64 (M,): which permutation, in permset mode; else 0
+
+
+@dataclass(frozen=True)
+class JitterPlan:
+    """Numbers of a colour jitter for M images."""
+
+    apply: Tensor  # bool (M,)
+    factors: Tensor  # float32 (M, 4): brightness, contrast, saturation factor, hue shift in turns
+    order: Tensor  # int64 (M, 4): the operations (0..3, numbered as in `factors`), first to last
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Augmentation of single patches: crop and resize back, colour jitter, grey. T patches per view."""
+
+    index: Tensor  # int64 (M, T): which patches: those of the pairs, then those of the jigsaw
+    offset_px: Tensor  # int64 (M, T, 2): top and left of the crop of round(patch_px / 1.15) px
+    jitter: JitterPlan  # of M * T
+    gray: Tensor  # bool (M, T)
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """All numbers of M views of one shape (view-major: all images of the first view, then of the next)."""
+
+    flip: Tensor  # bool (M,)
+    jitter: JitterPlan
+    gray: Tensor  # bool (M,)
+    blur_sigma_px: Tensor  # float32 (M,); 0 where the view is not blurred
+    solarize: Tensor  # bool (M,)
+    quarter_turns: Tensor  # int64 (M,) in 0..3, clockwise
+    patches: PatchSets
+    tiles: TilePlan
+
+
+TILE_ZOOM = 1.15  # a tile is a crop of 1 / TILE_ZOOM of a patch, resized back
+TILE_JITTER = JitterConfig(prob=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+TILE_GRAY_PROB = 0.2
+
+Draw = Callable[[Stream, int], Tensor]  # (what for, n) -> n numbers per view, uniform in [0, 1): (M, n)
+
+
+def tile_crop_px(patch_px: int) -> int:
+    """Side of the crop of a tile before it is resized back to the whole patch."""
+    return round(patch_px / TILE_ZOOM)
+
+
+def _jitter(draws: Tensor, prob: Tensor | float, strengths: Tensor) -> JitterPlan:
+    """A jitter from draws (R, 9); strengths: (R or 1, 4), of brightness, contrast, saturation and hue."""
+    center = torch.tensor([1.0, 1.0, 1.0, 0.0], device=draws.device)
+    least = torch.tensor([0.0, 0.0, 0.0, -0.5], device=draws.device)
+    low = torch.maximum(center - strengths, least)
+    factors = torch.lerp(low, center + strengths, draws[:, 1:5])
+    apply = draws[:, :1] < prob
+    return JitterPlan(apply.squeeze(1), factors, order=draws[:, 5:].argsort(dim=1, stable=True))
+
+
+def _strengths(config: JitterConfig) -> list[float]:
+    return [config.brightness, config.contrast, config.saturation, config.hue]
+
+
+def draw_patch_sets(config: PatchConfig, draw: Draw) -> PatchSets:
+    """Share out the patches in this order: permset jigsaw, pairs, colorization, inpainting, slot jigsaw."""
+    count, columns = config.num_patches, config.grid[1]
+    assert config.total <= count // 2, "patch tasks may take at most half of the patches"
+    draws = draw(Stream.PATCHES, 2 * count)
+    priority, tie_break = draws[:, :count], draws[:, count:]
+    taken = torch.zeros_like(priority, dtype=torch.bool)  # (M, N)
+    jigsaw_class = torch.zeros_like(taken[:, 0], dtype=torch.int64)
+    permset = config.jigsaw > 0 and config.jigsaw_mode == "permset"
+    if permset:
+        assert config.jigsaw == 9, "permset jigsaw permutes 9 patches"
+        draws = draw(Stream.JIGSAW, count + 1)
+        jigsaw, taken = patch_plan.take_cells(draws[:, 1:], taken, config.grid)
+        jigsaw_class = (draws[:, 0] * config.num_permutations).long()
+        permutation = patch_plan.permutation_set(config.num_permutations).to(draws.device)[jigsaw_class]
+    if config.pair_mode == "neighbor":
+        num_edges = patch_plan.neighbor_edges(config.grid).shape[1]
+        draws = draw(Stream.PAIRS, num_edges + config.pairs)
+        pairs, taken = patch_plan.take_neighbors(draws[:, config.pairs :], taken, config.pairs, config.grid)
+    else:
+        draws = draw(Stream.PAIRS, count + config.pairs)
+        index, taken = patch_plan.take_first(draws[:, config.pairs :], taken, 2 * config.pairs)
+        pairs = index.view(len(index), config.pairs, 2)
+    turned = (draws[:, : config.pairs] < 0.5).unsqueeze(2)  # either patch of a pair may come first
+    pairs = torch.where(turned, pairs.flip(2), pairs)
+    colorization, taken = patch_plan.take_first(priority, taken, config.colorization)
+    if config.inpainting_block:
+        inpainting, taken = patch_plan.take_block(priority, tie_break, taken, config.inpainting, columns)
+    else:
+        inpainting, taken = patch_plan.take_first(priority, taken, config.inpainting)
+    if not permset:
+        index, taken = patch_plan.take_first(priority, taken, config.jigsaw)
+        jigsaw = index.sort(dim=1).values
+        num_tries = patch_plan.DERANGEMENT_TRIES
+        draws = draw(Stream.JIGSAW, num_tries * config.jigsaw)
+        permutation = patch_plan.derangements(draws.view(len(draws), num_tries, config.jigsaw))
+    return PatchSets(colorization, inpainting, pairs, jigsaw, jigsaw.gather(1, permutation), jigsaw_class)
+
+
+def draw_tile_plan(index: Tensor, patch_px: int, draw: Draw) -> TilePlan:
+    """The augmentation of the patches `index`, int64 (M, T), each on its own."""
+    num_tiles = index.shape[1]
+    num_offsets = patch_px - tile_crop_px(patch_px) + 1
+    jitter = _jitter(
+        draw(Stream.TILE_JITTER, 9 * num_tiles).view(-1, 9),
+        TILE_JITTER.prob,
+        torch.tensor([_strengths(TILE_JITTER)], device=index.device),
+    )
+    return TilePlan(
+        index=index,
+        offset_px=(draw(Stream.TILE_CROP, 2 * num_tiles) * num_offsets).long().view(*index.shape, 2),
+        jitter=jitter,
+        gray=draw(Stream.TILE_GRAY, num_tiles) < TILE_GRAY_PROB,
+    )
+
+
+def draw_view_plan(
+    views: Sequence[ViewConfig],
+    patches: PatchConfig | None,
+    seed: int,
+    epochs: Tensor,
+    sample_ids: Tensor,
+    first_view_index: int = 0,
+) -> ViewPlan:
+    """Decide everything about V views of B images but where to crop (`crop_boxes`); view-major, M = V * B.
+
+    epochs, sample_ids: int64 (B,). The views are those of one encoder call: of one size, and either all with
+    patch tasks or all without (`corrupt`), because their patch sets share rectangular tensors; without, all
+    sets have width 0. The numbers of view v come from the streams of `first_view_index + v`, so how views are
+    grouped changes none of them.
+    """
+    if len({(view.size_px, view.corrupt) for view in views}) != 1:
+        raise ValueError("views drawn together must agree on size_px and corrupt; draw a plan for each group")
+    if patches is None or not views[0].corrupt:
+        patches = PatchConfig(grid=(1, 1), patch_px=1)  # no tasks
+
+    def draw(stream: Stream, n: int) -> Tensor:
+        first = first_view_index * STREAMS_PER_VIEW + stream
+        return torch.cat(
+            [uniform(seed, epochs, sample_ids, first + v * STREAMS_PER_VIEW, n) for v in range(len(views))]
+        )
+
+    settings = [
+        [
+            *(view.flip_prob, view.gray_prob, view.blur.prob, *view.blur.sigma_px, view.solarize_prob),
+            *(4.0 * view.turn, view.jitter.prob, *_strengths(view.jitter)),
+        ]
+        for view in views
+    ]
+    rows = torch.tensor(settings, device=sample_ids.device).repeat_interleave(len(sample_ids), dim=0)
+    flip, gray, blur, sigma_low, sigma_high, solarize, turns, jitter = rows[:, :8].unbind(1)
+    blur_draws = draw(Stream.BLUR, 2)
+    sigma_px = torch.lerp(sigma_low, sigma_high, blur_draws[:, 1])
+    sets = draw_patch_sets(patches, draw)
+    return ViewPlan(
+        flip=draw(Stream.FLIP, 1)[:, 0] < flip,
+        jitter=_jitter(draw(Stream.JITTER, 9), jitter.unsqueeze(1), rows[:, 8:]),
+        gray=draw(Stream.GRAY, 1)[:, 0] < gray,
+        blur_sigma_px=torch.where(blur_draws[:, 0] < blur, sigma_px, 0.0),
+        solarize=draw(Stream.SOLARIZE, 1)[:, 0] < solarize,
+        quarter_turns=(draw(Stream.TURN, 1)[:, 0] * turns).long(),
+        patches=sets,
+        tiles=draw_tile_plan(torch.cat([sets.pairs.flatten(1), sets.jigsaw], dim=1), patches.patch_px, draw),
+    )
