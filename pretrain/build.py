@@ -100,7 +100,7 @@ def _check_views(config: RunConfig) -> None:
     for name, view in config.views.items():
         if view.size_px != config.model.img_px:
             raise ConfigError(
-                f"views.{name}.size_px: {view.size_px} is not model.img_px = {config.model.img_px}; make them equal"
+                f"views.{name}.size_px: {view.size_px} differs from model.img_px, {config.model.img_px}"
             )
         for setting, (low, high) in (("scale", view.scale), ("aspect", view.aspect)):
             if not 0 < low <= high:

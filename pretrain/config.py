@@ -43,7 +43,7 @@ class BatchConfig(_Settings):
 
 
 class ScheduleConfig(_Settings):
-    """How long, in steps or in epochs; the learning rate warms up linearly, then falls along half a cosine."""
+    """How long, in steps or in epochs; the learning rate warms up linearly, then follows half a cosine."""
 
     steps: Count | None = None
     epochs: Annotated[float, Field(gt=0.0)] | None = None

@@ -295,8 +295,8 @@ class Loop:
             logger.warning("step %d: a loss or gradient was not finite on some rank; skipped on all", step)
         if self.nonfinite_in_a_row >= self.config.guard.max_nonfinite_steps:
             raise TrainingError(
-                f"step {step}: {self.nonfinite_in_a_row} steps in a row were not finite; lower optim.base_lr or set "
-                f"engine.precision=fp32, and continue from a checkpoint in {self.run_dir / checkpoint.FOLDER}"
+                f"step {step}: {self.nonfinite_in_a_row} steps in a row were not finite; lower "
+                f"optim.base_lr or set engine.precision=fp32, and continue from a checkpoint in {self.run_dir / checkpoint.FOLDER}"
             )
 
     def save(self, step: int) -> None:

@@ -63,14 +63,13 @@ class ShardReader:
     def _read_run(self, run: Run) -> list[EncodedSample]:
         shard = self.shards[run.shard]
         begin, end = int(shard.offsets[run.start]), int(shard.offsets[run.stop])
-        at_end = run.stop == shard.num_samples
-        data = self._read_bytes(run.shard, begin, end + END_MARKER_BYTES * at_end)
-        if at_end:
-            data, marker = data[: end - begin], data[end - begin :]
-            if len(marker) < END_MARKER_BYTES or any(marker):
-                raise _mismatch(shard, f"no end-of-archive marker at byte {end}")
+        data = self._read_bytes(run.shard, begin, end)
         if len(data) < end - begin:
             raise _mismatch(shard, f"it ends at byte {begin + len(data)}, before byte {end}")
+        if run.stop == shard.num_samples:
+            marker = self._read_bytes(run.shard, end, end + END_MARKER_BYTES)
+            if marker != bytes(END_MARKER_BYTES):
+                raise _mismatch(shard, f"no end-of-archive marker at byte {end}")
         samples = _parse(shard, data)
         if len(samples) != run.stop - run.start:
             raise _mismatch(

@@ -1,7 +1,7 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3, fp32 weights with bf16 autocast.
 
 The only file that imports deepspeed. The optimizer's state is read and written in the layout of the whole
-model, by parameter name. DeepSpeed's own checkpoint is a set of pickles tied to the number of ranks and to the
+model, by parameter name. DeepSpeed's own checkpoint is a set of pickles tied to the number of ranks and the
 ZeRO stage; another layout needs an offline conversion that unpickles them. This form is safe to read, and any
 stage, any number of ranks and the local engine continue from it.
 """

@@ -71,8 +71,11 @@ def linear_probe(
     trial = train_heads(features[kept], targets[kept], len(classes), config)
     held_out_ratio = accuracies(trial, features[held_out], targets[held_out])
     chosen = max(range(len(held_out_ratio)), key=held_out_ratio.__getitem__)
-    settings = [{"lr_factor": lr, "inputs": kind} for kind in INPUTS for lr in config.lr_factors]
-    lr_factor, kind = settings[chosen].values()
+    kind, lr_factor = (
+        INPUTS[chosen // len(config.lr_factors)],
+        config.lr_factors[chosen % len(config.lr_factors)],
+    )
+    settings = [{"lr_factor": lr, "inputs": inputs} for inputs in INPUTS for lr in config.lr_factors]
     final = train_heads(features, targets, len(classes), replace(config, lr_factors=(lr_factor,)))
     test_features, test_targets = test.features.to(device), _index_of(test.labels, classes).to(device)
     top1_ratio = accuracies(final, test_features, test_targets)[INPUTS.index(kind)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,17 @@ def last_metrics(run: Path, step: int) -> dict[str, str]:
             continue
         if isinstance(record, dict) and record.get("step", math.inf) <= step:
             last = record
-    numbers = {name: value for name, value in last.items() if type(value) in (int, float)}
+    numbers = {name: value for name, value in _flat(last) if type(value) in (int, float)}
     return {name: f"{value:.6g}" for name, value in list(numbers.items())[:MAX_METRICS]}
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"loss": {"rotation": 1.4}} -> ("loss/rotation", 1.4)"""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _tokens(source: RunWeights) -> str:

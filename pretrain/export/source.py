@@ -49,7 +49,10 @@ class RunWeights:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return tuple(self.config.get("tasks") or ())
+        """The pretext tasks that were on; a task that was off stands as null in the config."""
+        return tuple(
+            name for name, settings in (self.config.get("tasks") or {}).items() if settings is not None
+        )
 
 
 def is_checkpoint(folder: Path) -> bool:

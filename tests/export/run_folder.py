@@ -52,7 +52,7 @@ def write_checkpoint(
             "main": {"size_px": config.img_px, "interpolation": "bilinear"},
         },
         "data": {"shards": "data_shards/cifar10"},
-        "tasks": {"contrastive": {}, "rotation": {}},
+        "tasks": {"contrastive": {}, "jigsaw": None, "rotation": {}},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     (folder / "state.json").write_text(json.dumps({"step": step, "registers": list(registers)}))

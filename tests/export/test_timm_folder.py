@@ -118,7 +118,11 @@ def test_the_teacher_is_preferred_and_the_student_can_be_asked_for(tmp_path: Pat
 
 def test_the_card_says_how_to_load_and_what_the_tokens_are(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "run", tiny_config(), ("rotation", "cluster"))
-    records = [{"step": 900, "loss": 1.5}, {"step": 1000, "loss": 1.25}, {"step": 1100, "loss": 0.5}]
+    records = [
+        {"step": 900, "loss": 1.5},
+        {"step": 1000, "loss": 1.25, "accuracy": {"rotation": 0.5}},
+        {"step": 1100, "loss": 0.5},
+    ]
     lines = [json.dumps(record) for record in records]
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 12']))
     export_timm(tmp_path / "run", tmp_path / "out", license="mit")
@@ -126,6 +130,7 @@ def test_the_card_says_how_to_load_and_what_the_tokens_are(tmp_path: Path) -> No
     assert "license: mit" in card
     assert 'timm.create_model("local-dir:out", pretrained=True)' in card
     assert card.index("the class token") < card.index("`rotation`") < card.index("`cluster`")
+    assert "| accuracy/rotation | 0.5 |" in card
     assert "| loss | 1.25 |" in card  # the record of this step, not of a later one
 
 
