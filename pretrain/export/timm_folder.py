@@ -51,7 +51,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.folder}: {self.architecture}, {self.source_weights} of step {self.source_step}; stock timm "
+            f"{self.folder}: {self.architecture}, {self.source_weights} of step {self.source_step}; timm "
             f"loads {len(self.matched)} of {len(self.matched)} tensors, features within "
             f"{self.max_abs_difference:.2g} (limit {self.tolerance:.2g})"
         )
