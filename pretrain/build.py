@@ -82,7 +82,9 @@ def check(config: RunConfig, world_size: int) -> None:
     """Everything that can be known to be wrong from the settings alone. Raises ConfigError."""
     if not config.tasks.enabled():
         raise ConfigError(f"tasks: none is named; name one or more of {', '.join(TASKS)}")
+    _check_model(config)
     _check_views(config)
+    _check_tasks(config)
     _check_patches(config)
     _check_batch(config, world_size)
     _check_schedule(config)
@@ -94,6 +96,45 @@ def check(config: RunConfig, world_size: int) -> None:
         )
 
 
+# arguments of timm that follow from ours, and where to set them instead
+_OWNED_MODEL_ARGS = {
+    "img_size": "model.img_px",
+    "patch_size": "model.patch_px",
+    "class_token": "model.class_token",
+    "pos_embed": "model.pos_embed",
+    "drop_path_rate": "model.drop_path_ratio",
+    "reg_tokens": "tasks",
+    "num_classes": "tasks",
+    "dynamic_img_size": "model.img_px",
+}
+
+
+def _check_model(config: RunConfig) -> None:
+    """Build the backbone without memory for its weights, and compare its tokens with what the tasks expect."""
+    for key, owner in _OWNED_MODEL_ARGS.items():
+        if key in config.model.args:
+            raise ConfigError(f"model.args.{key}: follows from '{owner}'; remove it here and set that")
+    layout = token_layout(config)
+    try:
+        with torch.device("meta"):
+            vit = create_backbone(config.model, len(layout.registers))
+    except (AssertionError, ValueError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"model.args: timm refuses them for '{config.model.name}': {reason}") from None
+    found = (int(vit.num_prefix_tokens), int(vit.patch_embed.num_patches))
+    if found != (layout.num_prefix, layout.num_patches):
+        raise ConfigError(
+            f"model.name: '{config.model.name}' has {found[0]} prefix and {found[1]} patch tokens, the settings "
+            f"ask for {layout.num_prefix} and {layout.num_patches}; choose a plain ViT, or set model.class_token"
+        )
+
+
+def _check_tasks(config: RunConfig) -> None:
+    for name, settings in config.tasks.enabled().items():
+        if settings.weight < 0:
+            raise ConfigError(f"tasks.{name}.weight: {settings.weight} is below 0; use 0 or more")
+
+
 def _check_views(config: RunConfig) -> None:
     if not config.views:
         raise ConfigError("views: none is named; a view needs a name, such as `one: {}`")
@@ -102,7 +143,8 @@ def _check_views(config: RunConfig) -> None:
             raise ConfigError(
                 f"views.{name}.size_px: {view.size_px} differs from model.img_px, {config.model.img_px}"
             )
-        for setting, (low, high) in (("scale", view.scale), ("aspect", view.aspect)):
+        ranges = {"scale": view.scale, "aspect": view.aspect, "blur.sigma_px": view.blur.sigma_px}
+        for setting, (low, high) in ranges.items():
             if not 0 < low <= high:
                 raise ConfigError(
                     f"views.{name}.{setting}: [{low}, {high}] is not a range above 0, low to high"
@@ -134,6 +176,8 @@ def _check_views(config: RunConfig) -> None:
                 raise ConfigError(
                     f"tasks.{task}.views: no view is named '{name}'; known: {', '.join(config.views)}"
                 )
+        if chosen and len(set(chosen)) < 2:
+            raise ConfigError(f"tasks.{task}.views: '{chosen[0]}' is compared with itself; name two views")
 
 
 def _check_patches(config: RunConfig) -> None:

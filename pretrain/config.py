@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,13 @@ from pretrain.engine.engine import EngineConfig
 from pretrain.errors import ConfigError, nearest
 from pretrain.metrics.exporter import PrometheusConfig
 from pretrain.models.backbone import BackboneConfig
-from pretrain.optim import NotNegative, OptimConfig
+from pretrain.optim import NotNegative, OptimConfig, Positive
 from pretrain.tasks import TASKS
 from pretrain.tasks.balance import BalanceConfig
 from pretrain.views.plan import ViewConfig
 
 Count = Annotated[int, Field(gt=0)]
+MAX_DEPTH = 32  # of nested settings
 
 
 class _Settings(BaseModel):
@@ -32,7 +34,7 @@ class NormalizationConfig(_Settings):
     """Per-channel mean and standard deviation of the pixels in [0, 1]; ImageNet's by default."""
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
 
 class BatchConfig(_Settings):
@@ -111,16 +113,17 @@ class RunConfig(_Settings):
 class _StrictLoader(yaml.SafeLoader):
     """Plain YAML without surprises: a repeated key is an error, and 1e-4 is a number."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
-                raise ConfigError(
-                    f"line {key.start_mark.line + 1}: the key '{key.value}' stands twice; remove one"
-                )
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"line {line}: a key must be a plain word")
+            if key.value in seen:
+                raise ConfigError(f"line {line}: the key '{key.value}' stands twice; remove one")
             seen.add(key.value)
-        self.flatten_mapping(node)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _StrictLoader.add_implicit_resolver(
@@ -133,11 +136,31 @@ def _parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_StrictLoader)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid YAML ({error})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
         raise ConfigError(f"{where}:{line} {problem}") from None
+
+
+def _plain(value: Any, where: str = "", depth: int = 0) -> Any:
+    """The settings without what JSON cannot tell, and without YAML aliases: each place gets its own copy."""
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{where[:80]}...: is nested too deeply; does it contain itself?")
+    if isinstance(value, dict):
+        return {
+            str(key): _plain(inner, f"{where}.{key}".removeprefix("."), depth + 1)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [_plain(inner, f"{where}.{i}", depth + 1) for i, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {value} is not a finite number; give one")
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise ConfigError(f"{where}: {value} is a {type(value).__name__}; put it in quotes to make it text")
 
 
 def _override(settings: dict[str, Any], argument: str) -> None:
@@ -154,7 +177,7 @@ def _override(settings: dict[str, Any], argument: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"{path}: '{parent}' is a single value, it holds no '{last}'")
         target = inner
-    target[last] = _parse_yaml(text, path)
+    target[last] = _plain(_parse_yaml(text, path), path)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -171,15 +194,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     settings = _parse_yaml(text, str(path))
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, such as `seed: 0`")
+    try:
+        settings = _plain(settings)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     for argument in overrides:
         _override(settings, argument)
     _inline_deepspeed(settings, path)
-    try:
-        # by way of JSON: strict types, yet lists for tuples and text for paths
-        text = json.dumps(settings)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return validate(text, str(path))
+    # by way of JSON: strict types, yet lists for tuples and text for paths
+    return validate(json.dumps(settings), str(path))
 
 
 def validate(settings_json: str, where: str) -> RunConfig:
@@ -196,7 +219,7 @@ def _inline_deepspeed(settings: Mapping[str, Any], config_path: Path) -> None:
         return
     path = config_path.parent / engine["deepspeed"]
     try:
-        engine["deepspeed"] = json.loads(path.read_text())
+        engine["deepspeed"] = _plain(json.loads(path.read_text()), "engine.deepspeed")
     except OSError as error:
         raise ConfigError(f"engine.deepspeed: {path} cannot be read ({error.strerror})") from None
     except ValueError as error:

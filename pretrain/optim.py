@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class OptimConfig(BaseModel):
@@ -21,7 +22,7 @@ class OptimConfig(BaseModel):
     name: Literal["adamw"] = "adamw"
     base_lr: Positive = 5e-4  # for a global batch of `lr_batch`; scales linearly with the batch
     lr_batch: Annotated[int, Field(gt=0)] = 256
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.05  # not on biases, norms and other one-dimensional parameters
     clip_norm: NotNegative = 3.0  # global gradient norm; 0 switches clipping off

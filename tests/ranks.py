@@ -12,7 +12,9 @@ import torch.multiprocessing as mp
 from pretrain import cluster
 
 
-def _entry(local_rank: int, world_size: int, port: int, function: Callable[..., None], arguments: Any) -> None:
+def _entry(
+    local_rank: int, world_size: int, port: int, function: Callable[..., None], arguments: Any
+) -> None:
     import os
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

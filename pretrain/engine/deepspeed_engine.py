@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.engine.engine import (
+    BufferGuard,
     EngineConfig,
     OptimizerState,
     StepOutput,
@@ -46,6 +47,8 @@ OWNED = {
 }
 
 
+# our optimizer is AdamW with a switch; skipped steps are counted and told by the loop
+SILENCED = ("untested optimizer", "OVERFLOW! Skipping step")
 BUCKET_UNIT = 1024  # DeepSpeed wants buckets aligned
 
 
@@ -116,7 +119,7 @@ def _import_deepspeed() -> Any:
         import deepspeed
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
-    log.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # AdamW with a switch
+    log.addFilter(lambda record: not any(text in record.getMessage() for text in SILENCED))
     # torch renamed collectives that DeepSpeed calls by their old names
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # an inference-only collective that would be compiled for half a minute at the first start on a CPU
@@ -157,6 +160,7 @@ class DeepSpeedEngine:
             for parameter in (*module.backbone.parameters(recurse=False), *module.parameters(recurse=False)):
                 deepspeed.zero.register_external_parameter(module, parameter)
         self._link_optimizer_state()
+        self.buffers = BufferGuard(module)
 
     def _flats(self) -> list[Tensor]:
         """What the optimizer steps: the parameters themselves, or this rank's flat partitions of them."""
@@ -182,6 +186,7 @@ class DeepSpeedEngine:
 
     def train_step(self, micro_inputs: Iterator[Inputs], lr: float, tally: Tally) -> StepOutput:
         outputs = []
+        self.buffers.keep()
         for micro_step in range(self.accumulation_steps):
             output = self.engine(next(micro_inputs))
             self.engine.backward(output["total"])
@@ -200,6 +205,8 @@ class DeepSpeedEngine:
         self.optimizer.skipping = skipped
         self.engine.step()
         self.optimizer.skipping = False
+        if skipped:
+            self.buffers.restore()
         return StepOutput(values, grad_norm, skipped)
 
     def student(self, of: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:

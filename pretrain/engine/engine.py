@@ -107,6 +107,22 @@ def sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
 
+class BufferGuard:
+    """Puts back buffers, such as running statistics, that a skipped step has spoilt."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._buffers = list(module.buffers())
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    def keep(self) -> None:
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            kept.copy_(buffer)
+
+    def restore(self) -> None:
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            buffer.copy_(kept)
+
+
 def set_lr(optimizer: AdamW, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr

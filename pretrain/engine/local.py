@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from pretrain.engine.engine import OptimizerState, StepOutput, Tally, gather_values, set_lr, sum_of_squares
+from pretrain.engine.engine import (
+    BufferGuard,
+    OptimizerState,
+    StepOutput,
+    Tally,
+    gather_values,
+    set_lr,
+    sum_of_squares,
+)
 from pretrain.optim import STATE_KEYS, OptimConfig, build_optimizer
 from pretrain.tasks.multitask import MultiTask
 from pretrain.views.prepare import Inputs
@@ -25,9 +33,11 @@ class LocalEngine:
         self.clip_norm = optim.clip_norm
         self.optimizer = build_optimizer(module, optim)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.buffers = BufferGuard(module)
 
     def train_step(self, micro_inputs: Iterator[Inputs], lr: float, tally: Tally) -> StepOutput:
         outputs = []
+        self.buffers.keep()
         for _ in range(self.accumulation_steps):
             inputs = next(micro_inputs)
             with torch.autocast(inputs.images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -43,7 +53,9 @@ class LocalEngine:
         if self.clip_norm:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         set_lr(self.optimizer, lr)
-        if not skipped:
+        if skipped:
+            self.buffers.restore()
+        else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepOutput(values, grad_norm, skipped)

@@ -42,6 +42,8 @@ class MultiTask(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.layout = layout
+        for name, task in tasks.items():
+            assert not list(task.parameters(recurse=False)), f"{name}: parameters belong into a module of the task"
         self.tasks = nn.ModuleDict(tasks)
         self.balance = balance
         self.view_names = view_names
@@ -75,7 +77,8 @@ class MultiTask(nn.Module):
             recompute=self.recompute,
         )
         views = EncodedViews(self.view_names, self.layout, tokens.final, inputs.clean, inputs.plan)
-        outputs = {name: task(views, self.peers) for name, task in self.tasks.items()}
+        # not through __call__: ZeRO-3's hooks see tensors only, and the parameters are those of the heads below
+        outputs = {name: task.forward(views, self.peers) for name, task in self.tasks.items()}
         total, weights = self.balance({name: output.loss for name, output in outputs.items()})
         named = {"total": total}
         for name, output in outputs.items():

@@ -48,7 +48,9 @@ def inputs(step: int, peers: Peers = ALONE) -> Iterator[Inputs]:
         generator = torch.Generator().manual_seed(10 * step + micro)
         crops = torch.randint(0, 256, (2, GLOBAL_BATCH, 32, 32, 3), dtype=torch.uint8, generator=generator)
         ids = torch.arange(GLOBAL_BATCH) + GLOBAL_BATCH * (2 * step + micro)
-        yield prepare(build.recipe(config()), 0, crops[:, own], torch.zeros(GLOBAL_BATCH).long()[own], ids[own])
+        yield prepare(
+            build.recipe(config()), 0, crops[:, own], torch.zeros(GLOBAL_BATCH).long()[own], ids[own]
+        )
 
 
 def tally() -> Tensor:
@@ -56,4 +58,6 @@ def tally() -> Tensor:
 
 
 def losses(output: StepOutput) -> dict[str, float]:
-    return {name: value for name, value in output.values.items() if name == "total" or name.startswith("loss/")}
+    return {
+        name: value for name, value in output.values.items() if name == "total" or name.startswith("loss/")
+    }
