@@ -1,8 +1,9 @@
 """Scenes of the embedded sample: a place, a light, and one to three figures that stand in it.
 
 `draw_scene` decides everything from one generator. A place has a ground, textured in perspective, and behind
-it a sky or a wall; light falls from above and from one side, shades the figures and casts their shadows. The
-place and the colours are chosen without looking at the class, so that only the figure tells it.
+it a sky or a wall; light falls from above and from one side, shades the figures and casts their shadows. As in
+photographs, a kind of figure is more often seen in some places than in others (a boat on water, a cup on a
+table), so the place hints at the class and the figure tells it; colours are chosen without looking at it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ FIGURE_SUPERSAMPLING = 4
 PLACE_SUPERSAMPLING = 2
 LAYER_MARGIN = 0.5  # alpha above which a pixel belongs to a figure
 SHADOW_COLOUR = np.array([1.0, 0.95, 0.8], dtype=np.float32)  # how much of each channel a shadow takes
+USUAL_PLACE_RATIO = 0.6  # how often a figure is in its usual place
 SMALLEST_FIGURE = 0.006  # of the image's area; a figure that shows less is left out
 
 
@@ -71,7 +73,7 @@ class Stand:
 def draw_scene(rng: np.random.Generator, label: int, size_px: int) -> Scene:
     """Draw a picture of `size_px` square whose main figure is of class `label`."""
     palette, light, horizon = Palette.draw(rng), Light.draw(rng), rng.uniform(0.2, 0.66)
-    picture = _draw_place(rng, palette, horizon, size_px)
+    picture = _draw_place(rng, palette, horizon, size_px, CLASSES[label])
     mask = np.zeros((size_px, size_px), dtype=np.uint8)
     stands = sorted(_place_figures(rng, label, horizon), key=lambda stand: stand.y)
     main = max(stands, key=lambda stand: stand.size)
@@ -88,7 +90,7 @@ def draw_scene(rng: np.random.Generator, label: int, size_px: int) -> Scene:
 def _place_figures(rng: np.random.Generator, label: int, horizon: float) -> list[Stand]:
     """One main figure, and up to two of at most half its size that leave it visible."""
     main = Stand(
-        label, rng.uniform(0.3, 0.7), rng.uniform(max(0.72, horizon + 0.15), 0.97), rng.uniform(0.46, 0.7)
+        label, rng.uniform(0.3, 0.7), rng.uniform(max(0.72, horizon + 0.15), 0.97), rng.uniform(0.5, 0.76)
     )
     stands = [main]
     for _ in range(rng.choice(3, p=[0.35, 0.4, 0.25])):
@@ -191,15 +193,17 @@ def noise(rng: np.random.Generator, cells: int, side_px: int) -> Pixels:
     return np.asarray(smooth)
 
 
-def _draw_place(rng: np.random.Generator, palette: Palette, horizon: float, size_px: int) -> Pixels:
+def _draw_place(
+    rng: np.random.Generator, palette: Palette, horizon: float, size_px: int, figure: str
+) -> Pixels:
     """The empty scene, (H, W, 3): what is behind, the ground, and things in the distance."""
     side_px = size_px * PLACE_SUPERSAMPLING
-    indoors = bool(rng.random() < 0.45)
+    indoors, draw_surface = _choose_ground(rng, figure)
     row, column = np.mgrid[0:side_px, 0:side_px].astype(np.float32) / side_px
     seam = slice(int((horizon - 0.03) * side_px), int((horizon + 0.03) * side_px))  # rows that show both
     above, below = slice(seam.stop), slice(seam.start, None)
     behind = (_draw_wall if indoors else _draw_sky)(rng, palette, column[above], row[above])
-    ground = _draw_ground(rng, palette, column[below], row[below], horizon, indoors)
+    ground = _draw_ground(rng, palette, column[below], row[below], horizon, draw_surface)
     edge = horizon if indoors else horizon + 0.03 * (noise(rng, 4, side_px)[:1] - 0.5)
     ratio = np.clip((row[seam] - edge) * side_px + 0.5, 0, 1)[..., None]
     both = behind[below] * (1 - ratio) + ground[: ratio.shape[0]] * ratio
@@ -280,18 +284,40 @@ def _pulse(position: Pixels, duty: float, period_px: float) -> Pixels:
 
 
 def _draw_ground(
-    rng: np.random.Generator, palette: Palette, x: Pixels, y: Pixels, horizon: float, indoors: bool
+    rng: np.random.Generator, palette: Palette, x: Pixels, y: Pixels, horizon: float, draw_surface: Ground
 ) -> Pixels:
     """A floor or a field in perspective: its texture shrinks towards the horizon."""
     near = np.clip(y - horizon, 0.004, 1) / (1 - horizon)  # 0 at the horizon, 1 at the lower edge
     depth = 1 / (near + 0.12)
     u, v = (x - rng.uniform(0.3, 0.7)) * depth + rng.random() * 4, depth + rng.random() * 4
-    grounds = (_boards, _cloth, _tiles, _carpet) if indoors else (_meadow, _sand, _snow, _earth, _tiles)
-    surface = grounds[rng.integers(len(grounds))](rng, palette, u, v, np.clip(near * 3, 0.15, 1))
+    surface = draw_surface(rng, palette, u, v, np.clip(near * 3, 0.15, 1))
     return np.asarray(surface * (rng.uniform(0.65, 1.1) + 0.2 * near)[..., None])
 
 
 Ground = Callable[[np.random.Generator, Palette, Pixels, Pixels, Pixels], Pixels]
+
+
+def _choose_ground(rng: np.random.Generator, figure: str) -> tuple[bool, Ground]:
+    """Whether the scene is indoors, and its ground: the figure's usual one, or any."""
+    indoors_grounds = (_boards, _cloth, _tiles, _carpet)
+    outdoors_grounds = (_meadow, _sand, _snow, _earth, _tiles, _water)
+    usual: dict[str, tuple[bool, Ground]] = {
+        "bird": (False, _sand),
+        "boat": (False, _water),
+        "car": (False, _tiles),
+        "cat": (True, _carpet),
+        "cup": (True, _cloth),
+        "flower": (False, _meadow),
+        "house": (False, _snow),
+        "mushroom": (False, _earth),
+        "robot": (True, _tiles),
+        "tree": (False, _meadow),
+    }
+    if rng.random() < USUAL_PLACE_RATIO:
+        return usual[figure]
+    indoors = bool(rng.random() < 0.45)
+    grounds = indoors_grounds if indoors else outdoors_grounds
+    return indoors, grounds[rng.integers(len(grounds))]
 
 
 def _scatter(rng: np.random.Generator, u: Pixels, v: Pixels, along: float, across: float) -> Pixels:
@@ -323,6 +349,13 @@ def _sand(rng: np.random.Generator, palette: Palette, u: Pixels, v: Pixels, clea
     waves = np.sin(v * rng.uniform(9, 16) + 4 * _scatter(rng, u, v, 2, 1)) * 0.5
     grain = _scatter(rng, u, v, 26, 20) - 0.5
     return _blend(darker(sand, 0.3), lighter(sand, 0.3), 0.5 + (0.45 * waves + 0.4 * grain) * clear)
+
+
+def _water(rng: np.random.Generator, palette: Palette, u: Pixels, v: Pixels, clear: Pixels) -> Pixels:
+    water = hsv(rng.uniform(0.5, 0.62), rng.uniform(0.4, 0.7), rng.uniform(0.5, 0.8))
+    waves = np.sin(v * rng.uniform(14, 22) + 6 * _scatter(rng, u, v, 1.5, 3)) * 0.5
+    glitter = np.clip(_scatter(rng, u, v, 5, 16) - 0.7, 0, 1) * 2
+    return _blend(darker(water, 0.35), lighter(water, 0.45), 0.4 + (0.5 * waves + glitter) * clear)
 
 
 def _snow(rng: np.random.Generator, palette: Palette, u: Pixels, v: Pixels, clear: Pixels) -> Pixels:

@@ -107,10 +107,11 @@ _OWNED_MODEL_ARGS = {
     "num_classes": "tasks",
     "dynamic_img_size": "model.img_px",
 }
+_ENCODED_PARTS = {"patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre", "blocks", "norm"}
 
 
 def _check_model(config: RunConfig) -> None:
-    """Build the backbone without memory for its weights, and compare its tokens with what the tasks expect."""
+    """Build the backbone without memory for its weights, and compare its tokens with the layout."""
     for key, owner in _OWNED_MODEL_ARGS.items():
         if key in config.model.args:
             raise ConfigError(f"model.args.{key}: follows from '{owner}'; remove it here and set that")
@@ -121,11 +122,18 @@ def _check_model(config: RunConfig) -> None:
     except (AssertionError, ValueError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"model.args: timm refuses them for '{config.model.name}': {reason}") from None
+    left_out = {name.partition(".")[0] for name, _ in vit.named_parameters()} - _ENCODED_PARTS
+    if left_out:
+        raise ConfigError(
+            f"model: '{config.model.name}' has parts that pretraining would never train: "
+            f"{', '.join(sorted(left_out))}; choose a plain ViT and leave pooling to the class token"
+        )
     found = (int(vit.num_prefix_tokens), int(vit.patch_embed.num_patches))
     if found != (layout.num_prefix, layout.num_patches):
         raise ConfigError(
-            f"model.name: '{config.model.name}' has {found[0]} prefix and {found[1]} patch tokens, the settings "
-            f"ask for {layout.num_prefix} and {layout.num_patches}; choose a plain ViT, or set model.class_token"
+            f"model.name: '{config.model.name}' has {found[0]} prefix and {found[1]} patch tokens, the "
+            f"settings ask for {layout.num_prefix} and {layout.num_patches}; choose a plain ViT, or set "
+            "model.class_token"
         )
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,9 +53,13 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def _is_step_folder(path: Path) -> bool:
+    return path.name.startswith("step-") and path.name[5:].isdecimal() and path.is_dir()
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, newest first. Not yet verified."""
-    found = [path for path in (run / FOLDER).glob("step-*") if path.name[5:].isdigit()]
+    found = [path for path in (run / FOLDER).glob("step-*") if _is_step_folder(path)]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -86,7 +91,10 @@ def write_checkpoint(
         for name, values in tensors.items():
             path = writing / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.contiguous() for key, value in values.items()}, path)
+            try:
+                save_file({key: value.contiguous() for key, value in values.items()}, path)
+            except SafetensorError as error:  # what the library makes of a full disk
+                raise OSError(f"{path}: {error}") from error
             hashes[name] = _make_durable(path)
         for name, text in ((STATE, json.dumps(state, indent=1, sort_keys=True)), (CONFIG, config_yaml)):
             (writing / name).write_text(text)
@@ -120,24 +128,42 @@ def prune(run: Path, keep_last: int, keep_every_steps: int | None) -> None:
         remove_checkpoint(folder)
 
 
+def set_aside(run: Path, after_step: int) -> list[Path]:
+    """Rename the checkpoints beyond a step that a run goes back to, so that none of them is taken for its own."""
+    moved = []
+    for folder in list_checkpoints(run):
+        if step_of(folder) > after_step:
+            aside = folder.with_name(f"aside-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(folder.rename(aside))
+    return moved
+
+
 def verify(folder: Path) -> list[str]:
     """What is wrong with a checkpoint: nothing, if it is whole. Hashes come before any parsing."""
     try:
-        files: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files: dict[str, str] = dict(manifest["files"].items())
+        step = int(manifest["step"])
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} is not readable"]
     problems = []
     for name, expected in files.items():
         path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif _sha256(path) != expected:
-            problems.append(f"{name} is damaged (sha256 differs)")
-    for name in (STUDENT, OPTIMIZER, STATE):
-        if name not in files:
+        try:
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif _sha256(path) != expected:
+                problems.append(f"{name} is damaged (sha256 differs)")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
+    for name in (STUDENT, TEACHER, OPTIMIZER, STATE, CONFIG):
+        if name not in files and (name != TEACHER or (folder / name).exists()):
             problems.append(f"{name} is not listed")
+    if _is_step_folder(folder) and step_of(folder) != step:
+        problems.append(f"holds step {step}")
     return problems
 
 
@@ -166,15 +192,27 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def check_identity(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse to continue a run whose data or model settings have changed; names what differs."""
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    differing = _differences(found, wanted)
     if differing:
-        shown = "; ".join(f"{key}: was {found.get(key)!r}, now {wanted[key]!r}" for key in differing)
+        shown = "; ".join(differing)
         if len(shown) > 400:
             shown = shown[:400] + " ..."
         raise CheckpointError(
             f"{folder}: written by a run with other settings ({shown}); "
             "restore them, or start anew with another --output-dir"
         )
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> list[str]:
+    """`key: was x, now y` for every setting that differs, down to the innermost."""
+    lines = []
+    for key in dict.fromkeys((*wanted, *(found if where else ()))):
+        old, new = found.get(key), wanted.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += _differences(old, new, f"{where}{key}.")
+        elif old != new:
+            lines.append(f"{where}{key}: was {old!r}, now {new!r}")
+    return lines
 
 
 def _make_durable(path: Path) -> str:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pretrain import __version__
@@ -129,7 +130,7 @@ def _train(arguments: argparse.Namespace) -> int:
     is_launcher = num_processes is not None and num_processes > 1 and "RANK" not in os.environ
     if is_launcher:
         place = cluster.Cluster(0, num_processes, 0, num_processes, "--nproc")
-    inspected = inspect(request, place.world_size)
+    inspected = inspect(request, place)
     if arguments.dry_run:
         print(describe(request, inspected, place))  # noqa: T201
         return EXIT_DONE
@@ -163,7 +164,41 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from pretrain.evaluate.report import EvaluateConfig, run_knn, run_linear, table
+    from pretrain.evaluate.summary import format_summary, run_summary
+
+    config = EvaluateConfig(
+        feature=arguments.feature, batch_size=arguments.batch_size, save=True, out=arguments.out
+    )
+    if arguments.kind == "summary":
+        run = Path(arguments.weights)
+        print(format_summary(run_summary(run, arguments.train, arguments.test, config)))  # noqa: T201
+        print(_next_steps(run, arguments.out or run))  # noqa: T201
+        return EXIT_DONE
+    if not Path(arguments.weights).is_dir() and arguments.out is None:
+        config = replace(config, save=False)  # a timm name has no folder to keep results in
+    if arguments.kind == "knn":
+        result = run_knn(arguments.weights, arguments.train, arguments.test, config)
+    else:
+        result = run_linear(arguments.weights, arguments.train, arguments.test, config)
+    print(table([result]))  # noqa: T201
+    return EXIT_DONE
+
+
+def _next_steps(run: Path, results: Path) -> str:
+    exported = run / "exported"
+    lines = [
+        f"results     {results / 'eval' / 'summary.json'}",
+        f"run         {run} (metrics.jsonl, checkpoints/)",
+    ]
+    if exported.is_dir():
+        lines += [
+            f"weights     {exported}",
+            f"load them   timm.create_model('local-dir:{exported}', pretrained=True)",
+        ]
+    else:
+        lines.append(f"export      pretrain export {run} --out {exported}")
+    return "\n" + "\n".join(lines)
 
 
 _COMMANDS = {"train": _train, "shards": _shards, "export": _export, "evaluate": _evaluate}

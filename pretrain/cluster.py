@@ -24,6 +24,7 @@ from pretrain.peers import ALONE, Peers
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
+STOP_SECONDS = 10.0  # between asking a rank to stop and killing it
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ class Cluster:
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
 
-def _number(variables: Mapping[str, str], name: str) -> int:
+def _number(variables: Mapping[str, str], name: str, default: int | None = None) -> int:
     try:
         return int(variables[name])
     except KeyError:
+        if default is not None:
+            return default
         raise UserError(
-            f"{name}: not set, though the launcher set RANK; start with one launcher only"
+            f"{name}: not set, though other variables of a launcher are; start with one"
         ) from None
     except ValueError:
         raise UserError(f"{name}: '{variables[name]}' is not a number; check the launcher") from None
@@ -69,32 +72,40 @@ def detect(variables: Mapping[str, str] = os.environ) -> Cluster:
         launcher = variables.get("PRETRAIN_LAUNCHER") or (
             "torchrun" if "TORCHELASTIC_RUN_ID" in variables else "environment"
         )
-        cluster = Cluster(
-            _number(variables, "RANK"),
-            _number(variables, "WORLD_SIZE"),
-            _number(variables, "LOCAL_RANK"),
-            int(variables.get("LOCAL_WORLD_SIZE", variables["WORLD_SIZE"])),
-            launcher,
-        )
-    elif int(variables.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in variables:
-        tasks, nodes = _number(variables, "SLURM_NTASKS"), int(variables.get("SLURM_NNODES", "1"))
-        cluster = Cluster(
-            _number(variables, "SLURM_PROCID"),
-            tasks,
-            _number(variables, "SLURM_LOCALID"),
-            tasks // nodes,
-            "srun",
-        )
+        rank_name, world_name, local_name = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+        world_size = _number(variables, "WORLD_SIZE")
+        # the deepspeed launcher says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE
+        size_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in variables else "LOCAL_SIZE"
+        local_world_size = _number(variables, size_name, default=world_size)
+    elif "SLURM_PROCID" in variables and _number(variables, "SLURM_NTASKS", default=1) > 1:
+        launcher = "srun"
+        rank_name, world_name, local_name = "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"
+        world_size, size_name = _number(variables, "SLURM_NTASKS"), "SLURM_NNODES"
+        num_nodes = _number(variables, "SLURM_NNODES", default=1)
+        local_world_size = world_size // num_nodes if num_nodes > 0 and world_size % num_nodes == 0 else 0
+    elif _number(variables, "WORLD_SIZE", default=1) > 1:
+        raise UserError("RANK: not set, though WORLD_SIZE is; start through a launcher, or unset WORLD_SIZE")
     else:
         return Cluster()
-    if not 0 <= cluster.rank < cluster.world_size:
+    rank, local_rank = _number(variables, rank_name), _number(variables, local_name)
+    if not 0 <= rank < world_size:
+        raise UserError(f"{rank_name}: {rank} is not below {world_name} {world_size}; check the launcher")
+    if local_world_size < 1 or world_size % local_world_size:
         raise UserError(
-            f"RANK: {cluster.rank} is not below WORLD_SIZE {cluster.world_size}; check the launcher"
+            f"{size_name}: {variables.get(size_name)} does not share {world_name} {world_size} equally among "
+            "nodes; start equally many ranks on each"
         )
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if cluster.world_size > 1 and name not in variables:
-            raise UserError(f"{name}: not set; ranks need it to find each other")
-    return cluster
+    if not 0 <= local_rank < local_world_size:
+        raise UserError(
+            f"{local_name}: {local_rank} is not below the {local_world_size} ranks of a node; "
+            "check the launcher"
+        )
+    if world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in variables:
+                raise UserError(f"{name}: not set; ranks need it to find each other")
+        _number(variables, "MASTER_PORT")
+    return Cluster(rank, world_size, local_rank, local_world_size, launcher)
 
 
 def connect(cluster: Cluster) -> None:
@@ -233,7 +244,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         if process.poll() is None:
             process.terminate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + STOP_SECONDS
     for process in processes:
         try:
             process.wait(max(0.1, deadline - time.monotonic()))

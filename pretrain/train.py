@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,21 +56,24 @@ class Inspected:
     resume_from: Path | None
 
 
-def inspect(request: Request, world_size: int) -> Inspected:
-    """Everything that can be wrong with the input is found here. Starts no process and touches no GPU."""
+def inspect(request: Request, place: cluster.Cluster) -> Inspected:
+    """Everything that can be wrong with the input is found here. Starts no process and touches no GPU.
+
+    The run folder is looked at by rank 0 alone: it may already be writing there when another rank arrives.
+    """
     config = request.config
-    build.check(config, world_size)
+    build.check(config, place.world_size)
     manifest = Manifest.load(config.data.shards)
     split = manifest.split(config.data.split)
     build.check_order(config, split)
-    resume_from = _find_checkpoint(request)
+    resume_from = _find_checkpoint(request) if place.is_first else None
     if resume_from is not None:
         found = json.loads((resume_from / checkpoint.STATE).read_text())
         checkpoint.check_identity(resume_from, found.get("identity", {}), identity(config, manifest))
     return Inspected(
         manifest,
         split,
-        build.sizes(config, world_size),
+        build.sizes(config, place.world_size),
         build.num_steps(config, split.num_samples),
         resume_from,
     )
@@ -167,9 +170,9 @@ def run(request: Request, inspected: Inspected, place: cluster.Cluster) -> None:
     config, run_dir = request.config, request.output_dir
     device = place.device
     if place.is_first:
-        prepare_folder(request)
+        prepare_folder(request, inspected)
     cluster.connect(place)
-    cluster.barrier()
+    inspected = replace(inspected, resume_from=cluster.from_first(inspected.resume_from))
     logger.info(describe(request, inspected, place))
     peers = cluster.peers(place)
     saved = checkpoint.read_checkpoint(inspected.resume_from) if inspected.resume_from else None
@@ -296,7 +299,8 @@ class Loop:
         if self.nonfinite_in_a_row >= self.config.guard.max_nonfinite_steps:
             raise TrainingError(
                 f"step {step}: {self.nonfinite_in_a_row} steps in a row were not finite; lower "
-                f"optim.base_lr or set engine.precision=fp32, and continue from a checkpoint in {self.run_dir / checkpoint.FOLDER}"
+                "optim.base_lr or set engine.precision=fp32, and continue from a checkpoint in "
+                f"{self.run_dir / checkpoint.FOLDER}"
             )
 
     def save(self, step: int) -> None:
@@ -390,7 +394,7 @@ def open_meter(request: Request, inspected: Inspected, place: cluster.Cluster, s
     )
 
 
-def prepare_folder(request: Request) -> None:
+def prepare_folder(request: Request, inspected: Inspected) -> None:
     """Make the run folder, sweep what a killed run left, and write down what is about to run."""
     run_dir = request.output_dir
     try:
@@ -405,6 +409,9 @@ def prepare_folder(request: Request) -> None:
         ) from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
+    if inspected.resume_from:
+        for folder in checkpoint.set_aside(run_dir, checkpoint.step_of(inspected.resume_from)):
+            logger.warning("a checkpoint beyond the one resumed from was renamed to %s", folder)
 
 
 def environment() -> dict[str, Any]:

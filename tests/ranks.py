@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from pretrain import cluster
 def _entry(
     local_rank: int, world_size: int, port: int, function: Callable[..., None], arguments: Any
 ) -> None:
-    import os
-
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     place = cluster.Cluster(local_rank, world_size, local_rank, world_size, "test")
@@ -30,12 +28,3 @@ def _entry(
 def run_on_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
     """`function(place, *arguments)` on every rank; an exception on any rank fails the caller."""
     mp.spawn(_entry, (world_size, cluster.free_port(), function, arguments), nprocs=world_size)
-
-
-def shared_data(name: str) -> Path:
-    """A folder of real images that is not part of the repository."""
-    import os
-
-    root = os.environ.get("PRETRAIN_TEST_DATA")
-    base = Path(root) if root else Path(__file__).parents[2] / "shared" / "data"
-    return base / name

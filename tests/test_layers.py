@@ -11,11 +11,22 @@ import pytest
 ROOT = Path(__file__).parents[1] / "pretrain"
 
 LAYERS = {
-    "core": {"randomness", "tokens", "losses", "schedules", "optim", "errors", "peers", "views", "models", "tasks"},
+    "core": {
+        "randomness",
+        "tokens",
+        "losses",
+        "schedules",
+        "optim",
+        "errors",
+        "peers",
+        "views",
+        "models",
+        "tasks",
+    },
     "edge": {"data", "engine", "metrics", "checkpoint", "cluster", "preempt", "watchdog"},
     "downstream": {"export", "evaluate", "transfer", "report"},
     "wiring": {"config", "build", "train", "cli", "__main__"},
-}  # fmt: skip
+}
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 
 # library -> the only parts that may import it
@@ -31,7 +42,7 @@ UNSAFE_CALLS = {"torch.load", "np.load", "numpy.load", "eval", "exec", "os.syste
 
 def part_of(module: str) -> str:
     """'pretrain.data.order' -> 'data'; the package itself, which holds the version only, is ''."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def may_import(importer: str, imported: str) -> bool:
@@ -46,7 +57,7 @@ def may_import(importer: str, imported: str) -> bool:
 
 
 def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
-    """Every module that a file imports, at its top or inside a function; `from a import b` gives a and a.b."""
+    """Every module that a file imports, at its top or inside functions; `from a import b` gives a and a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -155,7 +166,10 @@ def test_a_planted_violation_is_found(module: str, source: str, told: str) -> No
     ("module", "source"),
     [
         ("pretrain.train", "from pretrain.data.loader import open_batches\nfrom pretrain import cluster"),
-        ("pretrain.data.order", "from pretrain.views.plan import ORDER_STREAM\nfrom .manifest import Manifest"),
+        (
+            "pretrain.data.order",
+            "from pretrain.views.plan import ORDER_STREAM\nfrom .manifest import Manifest",
+        ),
         ("pretrain.evaluate.shards", "from pretrain.data.reader import read_split\nimport accelerate"),
         ("pretrain.evaluate.knn", "from pretrain.export import source"),
         ("pretrain.engine.local", "import deepspeed"),

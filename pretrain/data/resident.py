@@ -43,9 +43,11 @@ class ResidentBatches:
         self.wait_seconds = 0.0
         self.order, self.views = order, tuple(views)
         self.rank, self.world_size, self.micro_step = rank, world_size, start_micro_step
-        quarantine = Quarantine(quarantine_path, order.num_samples, config.max_bad_ratio)
+        # every rank reads the whole split, and rank 0 alone records what is bad in it
+        path = quarantine_path if rank == 0 else None
+        quarantine = Quarantine(path, order.num_samples, config.max_bad_ratio)
         images, samples, is_good = _decode_split(config, manifest, quarantine, order.num_samples)
-        self.num_bad = quarantine.num_bad
+        self.num_bad = quarantine.num_bad if rank == 0 else 0
         labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
         self.images = torch.from_numpy(images).to(device)  # uint8 (N, H, W, 3)
         self.sample_ids = torch.tensor([sample.sample_id for sample in samples])  # ascending

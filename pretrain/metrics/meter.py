@@ -22,20 +22,32 @@ class JsonLines:
     def __init__(self, path: Path, resumed_at: int) -> None:
         self.path = path
         self._failed = False
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_in(line) <= resumed_at]
-            path.write_text("".join(f"{line}\n" for line in kept))
+        try:
+            self._keep_until(resumed_at)
+        except OSError as error:
+            self._warn(error)
+
+    def _keep_until(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(errors="replace").splitlines()
+        kept = self.path.with_name(f".{self.path.name}")
+        kept.write_text("".join(f"{line}\n" for line in lines if _step_in(line) <= step))
+        kept.replace(self.path)
 
     def write(self, record: Mapping[str, object]) -> None:
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
-            if not self._failed:
-                logger.warning(
-                    "%s cannot be written (%s); training goes on without it", self.path, error.strerror
-                )
-            self._failed = True
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._failed:
+            logger.warning(
+                "%s cannot be written (%s); training goes on without it", self.path, error.strerror
+            )
+        self._failed = True
 
 
 def _step_in(line: str) -> float:
@@ -43,6 +55,10 @@ def _step_in(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf  # half a line, of a run that was killed while writing it
+
+
+# values that count from the start of the process, and where they are published
+_COUNTERS = {"bad_samples": names.BAD_SAMPLES, "backbone_calls": names.BACKBONE_CALLS}
 
 
 class Meter:
@@ -76,6 +92,7 @@ class Meter:
         self._window_wait_seconds = 0.0
         self._window_skipped = 0
         self._recent_seconds: list[float] = []
+        self._counted = dict.fromkeys(_COUNTERS, 0.0)
 
     def record(
         self, step: int, values: Mapping[str, float], *, skipped: bool, seconds: float, wait_seconds: float
@@ -92,6 +109,10 @@ class Meter:
         publish.set(names.LEARNING_RATE, values["lr"])
         if "momentum" in values:
             publish.set(names.MOMENTUM, values["momentum"])
+        for name, metric in _COUNTERS.items():
+            if name in values:
+                publish.add(metric, max(0.0, values[name] - self._counted[name]))
+                self._counted[name] = values[name]
         publish.publish_step(
             {name: value for name, value in values.items() if name == "total" or "/" in name}
         )
@@ -114,7 +135,10 @@ class Meter:
             self._recent_seconds.append(self._window_seconds / self._window_steps)
             del self._recent_seconds[:-20]
         counts = self._counts
-        means = {name: self._sums[name] / counts[name] if counts.get(name) else None for name in values}
+        means = {
+            name: self._sums[name] / counts[name] if counts.get(name) else None
+            for name in {**values, **counts}
+        }
         record: dict[str, object] = {
             "step": step,
             "images": step * self.global_batch,
@@ -126,8 +150,11 @@ class Meter:
             **means,
             "unix_time": round(time.time(), 2),
         }
-        # the digest of the samples identifies one batch; its mean would say nothing
-        record["samples"] = values.get("samples")
+        # the digest of the samples identifies one batch, and the others count from the start: a mean of
+        # them would say nothing
+        for name in ("samples", *_COUNTERS):
+            value = values.get(name)
+            record[name] = value if value is None or math.isfinite(value) else None
         self.lines.write(record)
         logger.info(self._line(step, means, rate))
         self._sums.clear()

@@ -35,7 +35,7 @@ SKIPPED_STEPS = Metric(
 BAD_SAMPLES = Metric(
     "pretrain_bad_samples_total",
     "counter",
-    "Samples of this rank replaced because they could not be decoded.",
+    "Samples of all ranks replaced because they could not be decoded.",
 )
 CHECKPOINT_SECONDS = Metric("pretrain_checkpoint_seconds", "gauge", "Time the last checkpoint took to write.")
 CHECKPOINT_STEP = Metric("pretrain_checkpoint_step", "gauge", "Step of the last checkpoint.")

@@ -27,13 +27,15 @@ class Teacher:
         own_parameters = dict(self.module.named_parameters())
         own_buffers = dict(self.module.named_buffers())
         for name, value in student:
-            if name in own_parameters:
-                target = own_parameters[name]
+            target = own_parameters.pop(name, None)
+            if target is not None:
                 if value.shape != target.shape:
                     raise ValueError(f"teacher: '{name}' is {tuple(value.shape)}, not {tuple(target.shape)}")
                 target.lerp_(value.detach().to(target.device, torch.float32), 1.0 - momentum)
             else:
                 own_buffers[name].copy_(value)
+        if own_parameters:
+            raise ValueError(f"teacher: the student gave no '{next(iter(own_parameters))}'")
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.module.state_dict())

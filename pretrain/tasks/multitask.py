@@ -43,7 +43,7 @@ class MultiTask(nn.Module):
         self.backbone = backbone
         self.layout = layout
         for name, task in tasks.items():
-            assert not list(task.parameters(recurse=False)), f"{name}: parameters belong into a module of the task"
+            assert not list(task.parameters(recurse=False)), f"{name}: parameters belong into a submodule"
         self.tasks = nn.ModuleDict(tasks)
         self.balance = balance
         self.view_names = view_names
@@ -77,7 +77,7 @@ class MultiTask(nn.Module):
             recompute=self.recompute,
         )
         views = EncodedViews(self.view_names, self.layout, tokens.final, inputs.clean, inputs.plan)
-        # not through __call__: ZeRO-3's hooks see tensors only, and the parameters are those of the heads below
+        # not through __call__: ZeRO-3's hooks see tensors only, and the parameters are the heads'
         outputs = {name: task.forward(views, self.peers) for name, task in self.tasks.items()}
         total, weights = self.balance({name: output.loss for name, output in outputs.items()})
         named = {"total": total}

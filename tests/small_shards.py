@@ -15,7 +15,7 @@ import simplejpeg
 
 from pretrain.data.manifest import Manifest, index_folder
 
-SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def real_data(name: str) -> Path:

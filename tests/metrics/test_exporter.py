@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import socket
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import prometheus_client
+import pytest
+from prometheus_client import CollectorRegistry
+
+from pretrain.metrics import exporter as exporter_module
+from pretrain.metrics import names
+from pretrain.metrics.exporter import PORT_TRIES, Exporter, PrometheusConfig, open_exporter, serve
+from pretrain.metrics.names import METRICS, Metric
+
+STEP = {
+    "total": 3.5,
+    "loss/rotation": 1.25,
+    "loss/jigsaw": 2.0,
+    "weight/rotation": 0.5,
+    "rotation/accuracy": 0.75,
+    "rotation/chance": 0.25,
+}
+
+
+@pytest.fixture(autouse=True)
+def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The servers that a test started, closed after it."""
+    started: list[Any] = []
+    real = exporter_module.start_http_server
+
+    def start(*arguments: Any, **settings: Any) -> Any:
+        started.append(real(*arguments, **settings))
+        return started[-1]
+
+    monkeypatch.setattr(exporter_module, "start_http_server", start)
+    yield started
+    for server, thread in started:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def scrape(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def sample_of(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(name, labels)
+
+
+def test_names_follow_prometheus_conventions() -> None:
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    for metric in METRICS:
+        assert metric.name.startswith("pretrain_")
+        assert metric.name == metric.name.lower()
+        assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
+        # base units only, and no unit that has a base unit
+        assert not set(metric.name.split("_")) & {
+            "ms",
+            "milliseconds",
+            "minutes",
+            "hours",
+            "mb",
+            "kb",
+            "percent",
+        }
+        assert not set(metric.labels) & {"le", "quantile", "instance", "job"}
+        assert metric.help.endswith(".")
+        if metric.kind == "histogram":
+            assert metric.name.endswith("_seconds")
+
+
+def test_every_metric_constant_is_in_the_table_and_is_published() -> None:
+    constants = {value for value in vars(names).values() if isinstance(value, Metric)}
+    assert constants == set(METRICS)
+    exporter = Exporter(CollectorRegistry())
+    described = {family.name for family in exporter.registry.collect()}
+    assert described == {metric.name.removesuffix("_total") for metric in METRICS}
+
+
+def test_a_scrape_over_http_returns_the_loss_of_each_task() -> None:
+    exporter, url, problem = open_exporter(PrometheusConfig(port=0))
+    assert problem is None
+    assert url is not None
+    assert url.startswith("http://127.0.0.1:")
+    exporter.publish_step(STEP)
+    exporter.add(names.STEPS, 1)
+    exporter.observe(names.STEP_SECONDS, 0.2)
+    lines = scrape(url).splitlines()
+    for line in (
+        'pretrain_loss{task="total"} 3.5',
+        'pretrain_loss{task="rotation"} 1.25',
+        'pretrain_loss{task="jigsaw"} 2.0',
+        'pretrain_loss_weight{task="rotation"} 0.5',
+        'pretrain_task_metric{metric="accuracy",task="rotation"} 0.75',
+        "pretrain_steps_total 1.0",
+        "pretrain_step_seconds_count 1.0",
+    ):
+        assert line in lines
+    published = {line.split("{")[0].split(" ")[0] for line in lines if not line.startswith("#")}
+    known = tuple(metric.name.removesuffix("_total") for metric in METRICS)
+    assert all(name.startswith(known) for name in published)
+    exporter.publish_step({"total": 2.5})
+    assert 'pretrain_loss{task="total"} 2.5' in scrape(url).splitlines()
+
+
+def test_the_address_is_loopback_unless_it_is_configured() -> None:
+    assert PrometheusConfig().address == "127.0.0.1"
+    assert PrometheusConfig().port == 9400
+
+
+def free_range(count: int) -> int:
+    """The first of `count` free neighbouring ports."""
+    for first in range(20011, 60000, count):
+        probes = [socket.socket() for _ in range(count)]
+        try:
+            for offset, probe in enumerate(probes):
+                probe.bind(("127.0.0.1", first + offset))
+        except OSError:
+            continue
+        else:
+            return first
+        finally:
+            for probe in probes:
+                probe.close()
+    raise AssertionError("no free ports")
+
+
+def test_a_busy_port_gives_way_to_the_next(servers: list[Any]) -> None:
+    first = free_range(3)
+    config = PrometheusConfig(port=first)
+    for turn in range(3):
+        url, problem = serve(CollectorRegistry(), config)
+        assert (url, problem) == (f"http://127.0.0.1:{first + turn}/metrics", None)
+    assert len(servers) == 3
+
+
+def test_when_no_port_is_free_the_run_is_told_why_and_goes_on() -> None:
+    first = free_range(PORT_TRIES)
+    holders = [socket.socket() for _ in range(PORT_TRIES)]
+    try:
+        for offset, holder in enumerate(holders):
+            holder.bind(("127.0.0.1", first + offset))
+            holder.listen()
+        exporter, url, problem = open_exporter(PrometheusConfig(port=first))
+    finally:
+        for holder in holders:
+            holder.close()
+    assert url is None
+    assert problem is not None
+    assert "in use" in problem
+    exporter.publish_step(STEP)
+    assert sample_of(exporter.registry, "pretrain_loss", task="rotation") == 1.25
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "not a host", ""])
+def test_an_address_that_is_not_ours_never_stops_a_run(address: str) -> None:
+    _, url, problem = open_exporter(PrometheusConfig(port=0, address=address))
+    assert (url is None) != (problem is None)
+
+
+def test_it_is_silent_when_switched_off(servers: list[Any]) -> None:
+    exporter, url, problem = open_exporter(PrometheusConfig(enabled=False))
+    assert (url, problem, servers) == (None, None, [])
+    exporter.publish_step(STEP)
+
+
+def test_two_exporters_share_nothing_with_each_other_or_with_the_process() -> None:
+    first, second = (Exporter(CollectorRegistry()) for _ in range(2))
+    first.publish_step(STEP)
+    assert sample_of(first.registry, "pretrain_loss", task="total") == 3.5
+    assert sample_of(second.registry, "pretrain_loss", task="total") is None
+    assert not any(name.startswith("pretrain_") for name in prometheus_client.REGISTRY._names_to_collectors)
