@@ -1,9 +1,9 @@
 """Scenes of the embedded sample: a place, a light, and one to three figures that stand in it.
 
 `draw_scene` decides everything from one generator. A place has a ground, textured in perspective, and behind
-it a sky or a wall; light falls from above and from one side, shades the figures and casts their shadows. As in
-photographs, a kind of figure is more often seen in some places than in others (a boat on water, a cup on a
-table), so the place hints at the class and the figure tells it; colours are chosen without looking at it.
+it a sky or a wall; light falls from above and from one side, shades the figures and casts their shadows.
+As in photographs, a kind of figure is more often seen in some places than in others (a boat on water, a cup
+on a table): the place hints at the class, the figure tells it, and the colours say nothing.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from pretrain.config import RunConfig
 from pretrain.data.loader import order_of
@@ -239,6 +240,16 @@ def _check_schedule(config: RunConfig) -> None:
         raise ConfigError("schedule: give either `steps` or `epochs`")
     if schedule.warmup_steps is not None and schedule.warmup_epochs is not None:
         raise ConfigError("schedule: give either `warmup_steps` or `warmup_epochs`, not both")
+    for unit in ("steps", "epochs"):
+        length, warmup = getattr(schedule, unit), getattr(schedule, f"warmup_{unit}")
+        if length is not None and warmup is not None and warmup >= length:
+            raise ConfigError(f"schedule.warmup_{unit}: {warmup} is not below schedule.{unit}, {length}")
+    base = config.optim.scaled_lr(config.batch.global_size)
+    if schedule.final_lr > base:
+        raise ConfigError(
+            f"schedule.final_lr: {schedule.final_lr:g} is above the learning rate it ends, {base:g} "
+            "(optim.base_lr scaled to the batch); lower it"
+        )
 
 
 def sizes(config: RunConfig, world_size: int) -> Sizes:
@@ -268,7 +279,27 @@ def lr_schedule(config: RunConfig, num_samples: int) -> Schedule:
     if schedule.warmup_epochs is not None:
         warmup = round(schedule.warmup_epochs * num_samples / config.batch.global_size)
     base = config.optim.scaled_lr(config.batch.global_size)
-    return cosine_with_warmup(base, min(schedule.final_lr, base), num_steps(config, num_samples), warmup)
+    return cosine_with_warmup(base, schedule.final_lr, num_steps(config, num_samples), warmup)
+
+
+def _fresh_backbone(config: RunConfig, num_registers: int) -> VisionTransformer:
+    """Weights from the seed; registers are drawn apart, so with and without them the rest starts alike."""
+    torch.manual_seed(config.seed)
+    plain = create_backbone(config.model)
+    if not num_registers:
+        return plain
+    torch.manual_seed(config.seed)
+    backbone = create_backbone(config.model, num_registers)
+    weights = backbone.state_dict()
+    for name, value in plain.state_dict().items():
+        if weights[name].shape == value.shape:
+            weights[name] = value
+        else:  # positions: class token, registers, patches
+            num_class = value.shape[1] - plain.patch_embed.num_patches
+            own = weights[name][:, num_class : num_class + num_registers]
+            weights[name] = torch.cat([value[:, :num_class], own, value[:, num_class:]], dim=1)
+    backbone.load_state_dict(weights)
+    return backbone
 
 
 def module(config: RunConfig, peers: Peers, device: torch.device) -> MultiTask:
@@ -276,8 +307,7 @@ def module(config: RunConfig, peers: Peers, device: torch.device) -> MultiTask:
     layout = token_layout(config)
     enabled = config.tasks.enabled()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        backbone = create_backbone(config.model, len(layout.registers))
+        backbone = _fresh_backbone(config, len(layout.registers))
         site = TaskSite(layout, backbone.embed_dim, config.model.patch_px)
         tasks = {}
         for name, settings in enabled.items():

@@ -129,7 +129,7 @@ def prune(run: Path, keep_last: int, keep_every_steps: int | None) -> None:
 
 
 def set_aside(run: Path, after_step: int) -> list[Path]:
-    """Rename the checkpoints beyond a step that a run goes back to, so that none of them is taken for its own."""
+    """Rename the checkpoints beyond a step that a run goes back to, so that none is taken for its own."""
     moved = []
     for folder in list_checkpoints(run):
         if step_of(folder) > after_step:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 from pretrain import __version__
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, TrainingError, UserError
@@ -18,8 +19,18 @@ EXIT_CODES = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviated flags, and tells an error in one line."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **{**settings, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: {message}; `{self.prog} --help` lists what it takes\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pretrain",
         description="Self-supervised pretraining of Vision Transformers: shards in, timm weights out.",
         epilog=EXIT_CODES,
@@ -91,11 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.command != "train" or any(argument.startswith("-") for argument in rest):
             parser.error(f"unknown arguments: {' '.join(rest)}")
         parsed.overrides += rest
-    rank = os.environ.get("RANK", "0")
-    _set_up_logging(rank)
+    _set_up_logging()
     try:
         return _COMMANDS[parsed.command](parsed)
     except UserError as error:
+        rank = os.environ.get("RANK") or "0"
         print(f"pretrain: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)  # noqa: T201
         return EXIT_USER_ERROR
     except TrainingError as error:
@@ -105,13 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _set_up_logging(rank: str) -> None:
-    """Rank 0 speaks; the others only warn."""
+def _set_up_logging() -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("pretrain")
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
 
 
@@ -120,10 +130,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from pretrain.config import load_config
     from pretrain.train import Request, describe, inspect, run
 
+    place = cluster.detect()
+    if not place.is_first:
+        logging.getLogger("pretrain").setLevel(logging.WARNING)  # rank 0 speaks; the others only warn
     config = load_config(arguments.config, arguments.overrides)
     output_dir = arguments.output_dir or Path("runs") / arguments.config.stem
     request = Request(config, output_dir, arguments.resume)
-    place = cluster.detect()
     num_processes = arguments.nproc
     if num_processes is not None and num_processes < 1:
         raise UserError(f"--nproc {num_processes}: at least one rank is needed")
@@ -137,10 +149,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if is_launcher:
         command = [sys.executable, "-m", "pretrain", *sys.argv[1:]]
         return cluster.launch_local(command, num_processes)
-    try:
-        run(request, inspected, place)
-    finally:
-        cluster.disconnect()
+    run(request, inspected, place)
     return EXIT_DONE
 
 

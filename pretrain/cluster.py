@@ -5,14 +5,18 @@ The only file that reads launcher variables and makes process groups.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -23,6 +27,8 @@ from pretrain.errors import EXIT_FAILED, UserError
 from pretrain.peers import ALONE, Peers
 
 T = TypeVar("T")
+PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 TIMEOUT = timedelta(minutes=10)
 STOP_SECONDS = 10.0  # between asking a rank to stop and killing it
 
@@ -108,13 +114,16 @@ def detect(variables: Mapping[str, str] = os.environ) -> Cluster:
     return Cluster(rank, world_size, local_rank, local_world_size, launcher)
 
 
-def connect(cluster: Cluster) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. DeepSpeed needs one even for a single rank."""
-    if dist.is_initialized():
-        return
+@contextmanager
+def connected(cluster: Cluster) -> Iterator[None]:
+    """Be in the process group: NCCL on GPUs, gloo on CPUs. DeepSpeed needs one even for a single rank.
+
+    The launcher variables that DeepSpeed looks for are set meanwhile, and put back at the end.
+    """
     device = cluster.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    before = dict(os.environ)
     os.environ.update(
         RANK=str(cluster.rank), WORLD_SIZE=str(cluster.world_size), LOCAL_RANK=str(cluster.local_rank)
     )
@@ -122,11 +131,15 @@ def connect(cluster: Cluster) -> None:
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=cluster.rank, world_size=cluster.world_size, timeout=TIMEOUT)
-
-
-def disconnect() -> None:
-    if dist.is_initialized():
+    try:
+        yield
+    finally:
         dist.destroy_process_group()
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
 
 
 class _Gather(torch.autograd.Function):
@@ -168,19 +181,6 @@ def peers(cluster: Cluster) -> Peers:
     return Peers(cluster.rank, cluster.world_size, _Gather.apply, _Sum.apply)
 
 
-def total(values: Tensor) -> Tensor:
-    """Sum over ranks, without gradient."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        values = values.clone()
-        dist.all_reduce(values)
-    return values
-
-
-def barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
 def from_first(value: T) -> T:
     """What rank 0 has, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -216,8 +216,10 @@ def launch_local(command: Sequence[str], num_processes: int) -> int:
             "PRETRAIN_LAUNCHER": "--nproc",
         }
         variables.setdefault("OMP_NUM_THREADS", str(threads))
-        processes.append(subprocess.Popen(command, env=variables))
+        processes.append(subprocess.Popen(command, env=variables, preexec_fn=_end_with_parent))
     code = 0
+    # what the launcher is told, every rank is told
+    before = {number: signal.signal(number, _passing_on(processes)) for number in PASSED_ON}
     try:
         while any(process.poll() is None for process in processes):
             failed = [process.returncode for process in processes if process.poll() not in (None, 0)]
@@ -229,6 +231,9 @@ def launch_local(command: Sequence[str], num_processes: int) -> int:
             code = next((process.returncode for process in processes if process.returncode), 0)
     except KeyboardInterrupt:
         code = EXIT_FAILED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if code:
         _stop(processes)
         # the rank that knows the cause wins over those that only lost their peer
@@ -238,6 +243,20 @@ def launch_local(command: Sequence[str], num_processes: int) -> int:
             print(f"pretrain: a rank was killed by signal {-code}", file=sys.stderr)  # noqa: T201
             code = 128 - code
     return code
+
+
+def _passing_on(processes: Sequence[subprocess.Popen[bytes]]) -> Callable[[int, FrameType | None], None]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    return handler
+
+
+def _end_with_parent() -> None:
+    """Let Linux kill this process when the launcher dies, even if that was by SIGKILL."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

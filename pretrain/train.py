@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -80,7 +81,10 @@ def inspect(request: Request, place: cluster.Cluster) -> Inspected:
 
 
 def identity(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
-    """What a resumed run must share with the one that wrote the checkpoint: data, order, model and tasks."""
+    """What a resumed run must share with the one that wrote the checkpoint: data, order, model and tasks.
+
+    Learning rate, schedule, precision, ZeRO stage and ranks may change.
+    """
     settings = config.model_dump(mode="json")
     return {
         "manifest_hash": manifest.hash,
@@ -104,6 +108,9 @@ def _find_checkpoint(request: Request) -> Path | None:
     run, resume = request.output_dir, request.resume
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; choose another --output-dir")
+    above = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{run}: {above} cannot be written to; choose another --output-dir")
     if resume == "none":
         if run.is_dir() and any(run.iterdir()):
             raise UserError(
@@ -167,11 +174,18 @@ def _pool(config: RunConfig, split: Split, world_size: int, place: cluster.Clust
 
 def run(request: Request, inspected: Inspected, place: cluster.Cluster) -> None:
     """Train to the end. Every rank calls this."""
-    config, run_dir = request.config, request.output_dir
-    device = place.device
-    if place.is_first:
-        prepare_folder(request, inspected)
-    cluster.connect(place)
+    log = open_folder(request, inspected) if place.is_first else None
+    try:
+        with cluster.connected(place):
+            _run(request, inspected, place)
+    finally:
+        if log:
+            logger.removeHandler(log)
+            log.close()
+
+
+def _run(request: Request, inspected: Inspected, place: cluster.Cluster) -> None:
+    config, run_dir, device = request.config, request.output_dir, place.device
     inspected = replace(inspected, resume_from=cluster.from_first(inspected.resume_from))
     logger.info(describe(request, inspected, place))
     peers = cluster.peers(place)
@@ -394,8 +408,8 @@ def open_meter(request: Request, inspected: Inspected, place: cluster.Cluster, s
     )
 
 
-def prepare_folder(request: Request, inspected: Inspected) -> None:
-    """Make the run folder, sweep what a killed run left, and write down what is about to run."""
+def open_folder(request: Request, inspected: Inspected) -> logging.Handler:
+    """Make the run folder, sweep what a killed run left, write down what will run, and open its log."""
     run_dir = request.output_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -409,9 +423,11 @@ def prepare_folder(request: Request, inspected: Inspected) -> None:
         ) from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
-    if inspected.resume_from:
-        for folder in checkpoint.set_aside(run_dir, checkpoint.step_of(inspected.resume_from)):
+    if inspected.resume_from and run_dir.resolve() in inspected.resume_from.resolve().parents:
+        step = json.loads((inspected.resume_from / checkpoint.STATE).read_text())["step"]
+        for folder in checkpoint.set_aside(run_dir, int(step)):
             logger.warning("a checkpoint beyond the one resumed from was renamed to %s", folder)
+    return handler
 
 
 def environment() -> dict[str, Any]:

@@ -18,11 +18,8 @@ def _entry(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     place = cluster.Cluster(local_rank, world_size, local_rank, world_size, "test")
-    cluster.connect(place)
-    try:
+    with cluster.connected(place):
         function(place, *arguments)
-    finally:
-        cluster.disconnect()
 
 
 def run_on_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> None:

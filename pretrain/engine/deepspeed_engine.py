@@ -27,7 +27,7 @@ from pretrain.engine.engine import (
     set_lr,
     sum_of_squares,
 )
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, nearest
 from pretrain.optim import STATE_KEYS, OptimConfig, build_optimizer
 from pretrain.peers import Peers
 from pretrain.tasks.multitask import MultiTask
@@ -49,21 +49,48 @@ OWNED = {
 
 # our optimizer is AdamW with a switch; skipped steps are counted and told by the loop
 SILENCED = ("untested optimizer", "OVERFLOW! Skipping step")
+# what may stand in the DeepSpeed JSON besides
+PASSED_THROUGH = (
+    "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "wall_clock_breakdown",
+    "steps_per_print", "dump_state",
+)  # fmt: skip
+ZERO_SETTINGS = (
+    "stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "round_robin_gradients",
+    "reduce_bucket_size", "allgather_bucket_size", "allgather_partitions", "use_multi_rank_bucket_allreduce",
+    "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+)  # fmt: skip
 BUCKET_UNIT = 1024  # DeepSpeed wants buckets aligned
 
 
 def zero_stage(config: EngineConfig) -> int:
-    section = config.deepspeed.get("zero_optimization", {})
-    stage = section.get("stage", 0) if isinstance(section, dict) else None
+    section: Any = config.deepspeed.get("zero_optimization", {})
+    stage = section.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"engine.deepspeed.zero_optimization.stage: {stage!r} is not one of 0, 1, 2, 3")
     return int(stage)
 
 
 def check_deepspeed_config(config: EngineConfig) -> None:
-    for key, owner in OWNED.items():
-        if key in config.deepspeed:
-            raise ConfigError(f"engine.deepspeed.{key}: follows from '{owner}'; remove it here and set that")
+    """DeepSpeed ignores what it does not know, so a misspelt section would silently mean its default."""
+    for key in config.deepspeed:
+        if key in OWNED:
+            raise ConfigError(
+                f"engine.deepspeed.{key}: follows from '{OWNED[key]}'; remove it here and set that"
+            )
+        if key not in PASSED_THROUGH:
+            raise ConfigError(
+                f"engine.deepspeed.{key}: not a section used here; {nearest(key, PASSED_THROUGH)}"
+            )
+    zero = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f'engine.deepspeed.zero_optimization: {zero!r} is no mapping; write {{"stage": 1}}')
+    for key in zero:
+        if key not in ZERO_SETTINGS:
+            raise ConfigError(
+                f"engine.deepspeed.zero_optimization.{key}: not used here; {nearest(key, ZERO_SETTINGS)}"
+            )
     zero_stage(config)
 
 

@@ -84,9 +84,9 @@ class TokenFill:
     """Learned vectors that stand in for what some patches would have shown or told."""
 
     masked: Tensor  # bool (M, P): patches whose embedding is replaced by `mask_token`
-    mask_token: Tensor | None  # (D,)
+    mask_token: Tensor | None  # (1, 1, D)
     unplaced: Tensor  # bool (M, P): patches whose positional embedding is replaced by `no_position`
-    no_position: Tensor | None  # (D,)
+    no_position: Tensor | None  # (1, 1, D)
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,9 @@ def test_clustering_falls_when_views_agree_on_balanced_prototypes() -> None:
     views = example_views(4)
     task = build("clustering", num_prototypes=4)
     task.head = nn.Identity()
-    task.prototypes.weight = nn.Parameter(torch.eye(4, 48, dtype=torch.float64) * 3)  # their length does not matter
+    task.prototypes.weight = nn.Parameter(
+        torch.eye(4, 48, dtype=torch.float64) * 3
+    )  # their length does not matter
     tokens = views.tokens.clone()
     tokens[:, 2] = torch.eye(4, 48, dtype=torch.float64).repeat(2, 1)
     output = task(replace(views, tokens=tokens), ALONE)
