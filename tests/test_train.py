@@ -69,8 +69,8 @@ def train_here(config: Path, run: Path, *more: str) -> int:
 def start(config: Path, run: Path, *more: str) -> subprocess.Popen[bytes]:
     """As a user would, in a process group of its own."""
     command = [sys.executable, "-m", "pretrain", *arguments(config, run, *more)]
-    log = (run.parent / f"{run.name}.out").open("ab")
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    with (run.parent / f"{run.name}.out").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def train(config: Path, run: Path, *more: str) -> None:
@@ -131,21 +131,21 @@ def test_a_killed_run_continues_to_the_same_bits_and_on_fewer_ranks_with_the_sam
     config: Path, tmp_path: Path
 ) -> None:
     whole, broken, narrow = tmp_path / "whole", tmp_path / "broken", tmp_path / "narrow"
-    train(config, whole, "--nproc", "2")
-    process = start(config, broken, "--nproc", "2", "data.resident=false")
+    streamed = "data.resident=false"
+    train(config, whole, "--nproc", "2", streamed)
+    process = start(config, broken, "--nproc", "2", streamed)
     kill_after(process, broken, 5)
     assert len(records(broken)) < 10, "it was meant to be killed before its end"
     kept = last_checkpoint(broken)
-    train(config, narrow, "--nproc", "1", "--resume", str(kept))
-    train(config, broken, "--nproc", "2", "--resume", "auto", "data.resident=false")
+    train(config, narrow, "--nproc", "1", "--resume", str(kept), streamed)
+    train(config, broken, "--nproc", "2", "--resume", "auto", streamed)
     assert samples_seen(broken) == samples_seen(whole)
-    assert samples_seen(narrow) == samples_seen(whole)[checkpoint.step_of(kept) :]
-    for found, expected in zip(records(narrow), records(whole)[checkpoint.step_of(kept) :], strict=True):
-        assert found["total"] == pytest.approx(expected["total"], rel=2e-3)
-    # resident and streamed crops may differ by a rounding, so the bits are compared with a streamed run
-    streamed = tmp_path / "streamed"
-    train(config, streamed, "--nproc", "2", "data.resident=false")
-    assert_same_tensors(last_checkpoint(broken), last_checkpoint(streamed))
+    assert_same_tensors(last_checkpoint(broken), last_checkpoint(whole))
+    expected = records(whole)[checkpoint.step_of(kept) :]
+    assert samples_seen(narrow) == [(record["step"], record["samples"]) for record in expected]
+    # the first loss is of the same weights; Adam then magnifies the rounding of gradients near zero
+    for number, (found, wanted) in enumerate(zip(records(narrow), expected, strict=True)):
+        assert found["total"] == pytest.approx(wanted["total"], rel=1e-2 if number else 1e-5)
 
 
 @pytest.mark.slow
