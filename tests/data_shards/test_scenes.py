@@ -87,13 +87,15 @@ def test_figures_scale_with_the_picture() -> None:
     assert (small.mask == 1).mean() == pytest.approx((large.mask == 1).mean(), abs=0.02)
 
 
-def test_colour_and_corners_do_not_tell_the_class(drawn: dict[str, list[tuple[int, Scene]]]) -> None:
+def test_colour_and_corners_hint_at_the_class_but_do_not_tell_it(
+    drawn: dict[str, list[tuple[int, Scene]]],
+) -> None:
     train, test = (_place_features([scene for _, scene in drawn[split]]) for split in ("train", "test"))
     labels = {split: np.array([label for label, _ in pairs]) for split, pairs in drawn.items()}
     targets = np.eye(len(CLASSES))[labels["train"]]
     weight = np.linalg.lstsq(train, targets, rcond=None)[0]
     guess = (test @ weight).argmax(axis=1)
-    assert (guess == labels["test"]).mean() < 0.25  # chance is 0.1
+    assert 0.12 < (guess == labels["test"]).mean() < 0.4  # chance is 0.1; figures have usual places
 
 
 def _place_features(scenes: list[Scene]) -> NDArray[np.float64]:
