@@ -6,12 +6,10 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pretrain.export.export_report import ExportReport
 from pretrain.export.source import RunWeights
-
-if TYPE_CHECKING:
-    from pretrain.export.timm_folder import ExportReport
 
 MAX_METRICS = 30  # rows of the table of metrics
 

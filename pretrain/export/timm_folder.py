@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +19,13 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from pretrain.errors import UserError
+from pretrain.export.export_report import ExportReport
 from pretrain.export.model_card import model_card
 from pretrain.export.parity import prove, rebuild
 from pretrain.export.source import RunWeights, WeightsName, read_weights, sha256_of
 from pretrain.models.backbone import model_args
 
 SMALL_IMAGE_PX = 96  # up to this size the crop is the whole image; above it, 0.875 of its side
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was exported, from where, and how it was proved; also written as export_report.json."""
-
-    folder: str
-    format: str
-    architecture: str
-    source_checkpoint: str
-    source_weights: WeightsName
-    source_step: int
-    source_sha256: str
-    model_sha256: str  # of model.safetensors
-    num_parameters: int
-    registers: tuple[str, ...]
-    matched: tuple[str, ...]
-    missing: tuple[str, ...]  # empty in a report: a missing or unexpected key fails the export
-    unexpected: tuple[str, ...]
-    max_abs_difference: float
-    feature_scale: float
-    tolerance: float
-    versions: dict[str, str]
-
-    def __str__(self) -> str:
-        return (
-            f"{self.folder}: {self.architecture}, {self.source_weights} of step {self.source_step}; timm "
-            f"loads {len(self.matched)} of {len(self.matched)} tensors, features within "
-            f"{self.max_abs_difference:.2g} (limit {self.tolerance:.2g})"
-        )
 
 
 def export_timm(
