@@ -155,3 +155,33 @@ def test_the_local_engine_skips_a_step_that_is_not_finite() -> None:
         assert torch.equal(value, after["weights"][name]), name
     for name, moment in before["moments"].items():
         assert torch.equal(moment, after["moments"][name])
+
+
+def train_in_bf16(place: cluster.Cluster, folder: Path) -> None:
+    peers = cluster.peers(place)
+    for stage in STAGES:
+        settings = EngineConfig(precision="bf16", deepspeed={"zero_optimization": {"stage": stage}})
+        engine = DeepSpeedEngine(module(peers), settings, config().optim, peers, 16, 2)
+        first = losses(engine.train_step(inputs(0, peers), 1e-3, tally))
+        engine.train_step(inputs(1, peers), 1e-3, tally)
+        state = state_of(engine)
+        if place.is_first:
+            torch.save((first, state), folder / f"bf16-{stage}.pt")
+
+
+@pytest.mark.distributed
+def test_bf16_autocast_keeps_weights_statistics_and_moments_in_fp32(
+    reference: dict[str, Any], tmp_path: Path
+) -> None:
+    run_on_ranks(1, train_in_bf16, tmp_path)
+    for stage in STAGES:
+        first, state = torch.load(tmp_path / f"bf16-{stage}.pt")
+        assert any(first[name] != reference["losses"][0][name] for name in first), (
+            "matrix products were not rounded"
+        )
+        for name, value in first.items():
+            assert value == pytest.approx(reference["losses"][0][name], rel=0.03), (stage, name)
+        for name, value in {**state["weights"], **state["moments"]}.items():
+            assert value.dtype == (torch.int64 if name.endswith("num_batches_tracked") else torch.float32), (
+                name
+            )
