@@ -14,9 +14,7 @@ from typing import Any, NoReturn
 from pretrain import __version__
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, TrainingError, UserError
 
-EXIT_CODES = (
-    "exit codes: 0 done, 2 wrong input (one line says what and the remedy), 75 preempted, 1 anything else"
-)
+EXIT_CODES = "exit codes: 0 done, 2 wrong input (one line says what and the remedy), 1 anything else"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -128,7 +126,8 @@ def _set_up_logging() -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from pretrain import cluster
     from pretrain.config import load_config
-    from pretrain.train import Request, describe, inspect, run
+    from pretrain.preflight import Request, describe, inspect
+    from pretrain.train import run
 
     place = cluster.detect()
     if not place.is_first:
@@ -142,14 +141,14 @@ def _train(arguments: argparse.Namespace) -> int:
     is_launcher = num_processes is not None and num_processes > 1 and "RANK" not in os.environ
     if is_launcher:
         place = cluster.Cluster(0, num_processes, 0, num_processes, "--nproc")
-    inspected = inspect(request, place)
     if arguments.dry_run:
-        print(describe(request, inspected, place))  # noqa: T201
+        print(describe(request, inspect(request, place), place))  # noqa: T201
         return EXIT_DONE
     if is_launcher:
+        inspect(request, place)
         command = [sys.executable, "-m", "pretrain", *sys.argv[1:]]
         return cluster.launch_local(command, num_processes)
-    run(request, inspected, place)
+    run(request, place)
     return EXIT_DONE
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.errors import EXIT_FAILED, UserError
+from pretrain.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from pretrain.peers import ALONE, Peers
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.contiguous().clone()  # what autograd hands in is not ours to change
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -188,6 +188,15 @@ def from_first(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def first_said(text: str | None) -> str | None:
+    """What the first rank that has something to say says, on every rank."""
+    if dist.get_world_size() == 1:
+        return text
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return next((said for said in texts if said is not None), None)
 
 
 def free_port() -> int:
@@ -238,7 +247,7 @@ def launch_local(command: Sequence[str], num_processes: int) -> int:
         _stop(processes)
         # the rank that knows the cause wins over those that only lost their peer
         codes = [process.returncode for process in processes]
-        code = next((known for known in (2, 75) if known in codes), code)
+        code = next((known for known in (EXIT_USER_ERROR, EXIT_PREEMPTED) if known in codes), code)
         if code < 0:
             print(f"pretrain: a rank was killed by signal {-code}", file=sys.stderr)  # noqa: T201
             code = 128 - code

@@ -198,6 +198,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         settings = _plain(settings)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    _inline_deepspeed(settings, path)  # so that an override can reach into it
     for argument in overrides:
         _override(settings, argument)
     _inline_deepspeed(settings, path)

@@ -49,7 +49,8 @@ class AdamW(torch.optim.AdamW):
         """The state of a parameter, made now (all zero) if the parameter was never stepped."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            # torch's fused kernel counts on the device, the others on the CPU
+            state["step"] = torch.zeros((), device=parameter.device if self.defaults["fused"] else "cpu")
             for key in STATE_KEYS:
                 state[key] = torch.zeros_like(parameter)
         return state

@@ -18,7 +18,8 @@ from small_shards import make_shards
 from pretrain import checkpoint, cluster
 from pretrain.cli import main
 from pretrain.data.manifest import Manifest
-from pretrain.train import Inspected, Request, describe, identity, inspect, load_weights, samples_digest
+from pretrain.preflight import Inspected, Request, describe, identity, inspect
+from pretrain.train import load_weights, samples_digest
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
 

@@ -8,6 +8,7 @@ from small_config import CONFIG, small_config, write_config
 
 from pretrain import build
 from pretrain.config import RunConfig, load_config
+from pretrain.engine.deepspeed_engine import zero_stage
 from pretrain.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -303,3 +304,15 @@ def test_shipped_deepspeed_files_hold_only_what_is_not_set_elsewhere(tmp_path: P
     assert len(files) >= 4
     for file in files:
         build.check(small_config(tmp_path, f"engine.deepspeed={file}"), 1)
+
+
+def test_an_override_reaches_into_the_deepspeed_file_that_a_config_names() -> None:
+    path = Path(__file__).parents[1] / "configs" / "demo.yaml"
+    config = load_config(path, ["engine.deepspeed.zero_optimization.stage=3"])
+    assert zero_stage(config.engine) == 3
+
+
+def test_nothing_that_is_shipped_holds_a_placeholder() -> None:
+    root = Path(__file__).parents[1]
+    for path in (root / "README.md", *(root / "configs").rglob("*.yaml")):
+        assert not re.findall(r"@[A-Z_]+@", path.read_text()), path

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from small_shards import samples, write_shard
 
-from pretrain import checkpoint
+from pretrain import checkpoint, cluster
 from pretrain.cli import main
 from pretrain.data.manifest import index_folder
 
@@ -228,6 +228,45 @@ def test_a_bad_image_is_replaced_recorded_and_counted(config: Path, tmp_path: Pa
     record = json.loads((run / "quarantine.jsonl").read_text().splitlines()[0])
     assert record["sample_id"] == 5
     assert records(run)[-1]["bad_samples"] == 1
+
+
+def test_a_used_folder_is_not_taken_for_a_run_resumed_from_elsewhere(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert train_here(config, one) == 0
+    assert train_here(config, other) == 0
+    before = samples_seen(other)
+    assert train_here(config, other, "--resume", str(checkpoint.step_folder(one, 8))) == 2
+    assert f"{other}: is not empty and not the run to resume" in capsys.readouterr().err
+    assert samples_seen(other) == before
+
+
+def test_going_back_within_a_run_puts_the_later_checkpoints_aside(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train_here(config, run) == 0
+    assert train_here(config, run, "--resume", str(checkpoint.step_folder(run, 6)), "schedule.steps=8") == 0
+    assert [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(run)] == [8, 6]
+    assert samples_seen(run)[-1][0] == 8
+
+
+@pytest.mark.distributed
+def test_a_problem_that_only_rank_0_sees_ends_the_other_ranks_too(config: Path, tmp_path: Path) -> None:
+    """As under srun, where nobody stops the others: each rank is started by hand."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "something").touch()
+    port = str(cluster.free_port())
+    processes = []
+    for rank in range(2):
+        layout = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        variables = {**os.environ, **layout, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-m", "pretrain", *arguments(config, run)]
+        processes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert f"{run}: is not empty" in told
 
 
 def test_a_finished_run_has_nothing_left_to_do(config: Path, tmp_path: Path) -> None:

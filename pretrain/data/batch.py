@@ -22,7 +22,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shards: Path  # folder with an index.json
+    shards: Path  # folder with an index.json; relative to the working directory
     split: str = "train"
     lanes: Annotated[int, Field(gt=0)] = 64  # distant places of the data that every batch mixes
     shuffle_block: Annotated[int, Field(gt=0)] = 128  # samples of a lane that are permuted together

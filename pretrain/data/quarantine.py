@@ -15,18 +15,26 @@ class Quarantine:
     """Counts and records each bad sample once, also over restarts; more than the budget is an error.
 
     The budget is `max_bad_ratio` of the split's samples, rounded down, but at least one: a single bad file
-    does not stop a run on a small data set. A rank counts what it meets and what the file held at its start.
+    does not stop a run on a small data set. A rank holds against it what it met and what the file held at its
+    start, and reports what it met.
     """
 
     def __init__(self, path: Path | None, num_samples: int, max_bad_ratio: float) -> None:
         self.path = path
         self.num_allowed = max(1, int(max_bad_ratio * num_samples))
         self._known = _recorded(path)
+        self._num_before = len(self._known)
         self._lock = Lock()
 
     @property
     def num_bad(self) -> int:
+        """Distinct samples on record, of earlier runs in the same folder too."""
         return len(self._known)
+
+    @property
+    def num_met(self) -> int:
+        """Distinct samples that this process added to the record."""
+        return len(self._known) - self._num_before
 
     def add(self, sample: EncodedSample, reason: str) -> None:
         """Record a sample that did not decode. Called from many threads."""

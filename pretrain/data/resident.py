@@ -24,7 +24,10 @@ from pretrain.views.plan import ViewConfig, crop_boxes
 
 
 class ResidentBatches:
-    """The same order and the same crops as a stream, cut on the device from one uint8 tensor."""
+    """The order of a stream, and its crops to within a grey level, cut on the device from one uint8 tensor.
+
+    A bad image is replaced by the next good one of the split; a stream replaces it by one of its block.
+    """
 
     def __init__(
         self,
@@ -47,7 +50,7 @@ class ResidentBatches:
         path = quarantine_path if rank == 0 else None
         quarantine = Quarantine(path, order.num_samples, config.max_bad_ratio)
         images, samples, is_good = _decode_split(config, manifest, quarantine, order.num_samples)
-        self.num_bad = quarantine.num_bad if rank == 0 else 0
+        self.num_bad = quarantine.num_met if rank == 0 else 0
         labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
         self.images = torch.from_numpy(images).to(device)  # uint8 (N, H, W, 3)
         self.sample_ids = torch.tensor([sample.sample_id for sample in samples])  # ascending

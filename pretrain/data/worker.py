@@ -111,4 +111,4 @@ def _serve(work: Work, ring: Ring, trainer: Connection) -> None:
             slot, tasks = begun.popleft()
             for task in tasks:
                 task.result()
-            trainer.send(Ready(slot, quarantine.num_bad))
+            trainer.send(Ready(slot, quarantine.num_met))

@@ -61,6 +61,7 @@ ZERO_SETTINGS = (
     "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
     "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
 )  # fmt: skip
+BF16_REDUCED = ["torch.nn.Linear", "torch.nn.Conv2d"]
 BUCKET_UNIT = 1024  # DeepSpeed wants buckets aligned
 
 
@@ -131,7 +132,12 @@ def resolve(
         "train_micro_batch_size_per_gpu": global_batch // accumulation // world_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip_norm,
-        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {
+            "enabled": config.precision == "bf16",
+            "dtype": "bfloat16",
+            # DeepSpeed would round the gradients of these modules to bf16 and sum them so over ranks
+            "lower_precision_safe_modules": BF16_REDUCED if config.gradient_reduction == "bf16" else [],
+        },
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
     }
@@ -236,16 +242,18 @@ class DeepSpeedEngine:
             self.buffers.restore()
         return StepOutput(values, grad_norm, skipped)
 
-    def student(self, of: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    def student(self, of: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in of.named_parameters():
             with self.deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
                 yield name, parameter.detach()
         yield from of.named_buffers()
 
     def weights(self) -> dict[str, Tensor]:
+        persistent = self.module.state_dict().keys()
         state = {}
-        for name, value in self.student(self.module, ""):
-            state[name] = value.detach().cpu().clone()
+        for name, value in self.student(self.module):
+            if self.peers.rank == 0 and name in persistent:
+                state[name] = value.detach().cpu().clone()
         return state
 
     def optimizer_state(self) -> OptimizerState:

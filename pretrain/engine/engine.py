@@ -31,6 +31,9 @@ class EngineConfig(BaseModel):
 
     kind: Literal["deepspeed", "local"] = "deepspeed"
     precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products; weights are fp32 in both
+    gradient_reduction: Literal["fp32", "bf16"] = (
+        "fp32"  # over ranks, with bf16 precision; bf16 halves the traffic
+    )
     recompute: bool = False  # recompute blocks in the backward pass to save memory
     deepspeed: dict[str, object] = {"zero_optimization": {"stage": 1}}  # or the path of a JSON file
 
@@ -59,8 +62,8 @@ class Engine(Protocol):
         """
         ...
 
-    def student(self, of: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """Full fp32 parameters, then buffers, of a part of the module, by name below `prefix`."""
+    def student(self, of: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Full fp32 parameters, then buffers, of a part of the module, by their names in it."""
         ...
 
     def weights(self) -> dict[str, Tensor]:

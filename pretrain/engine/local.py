@@ -60,7 +60,7 @@ class LocalEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return StepOutput(values, grad_norm, skipped)
 
-    def student(self, of: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    def student(self, of: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, p.detach()) for name, p in of.named_parameters())
         yield from of.named_buffers()
 

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from pretrain.errors import CheckpointError, UserError
 from pretrain.models.backbone import BackboneConfig
+from pretrain.tasks.multitask import BACKBONE_PREFIX
 
 WeightsName = Literal["student", "teacher"]
-
-BACKBONE_PREFIX = "backbone."
 
 logger = logging.getLogger(__name__)
 

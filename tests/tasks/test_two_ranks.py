@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ import torch.multiprocessing as mp
 from example_views import SETTINGS, SITE, example_views, rows_of, with_plan
 from torch import Tensor, nn
 
+from pretrain import cluster
 from pretrain.losses import info_nce, nt_xent, sinkhorn
 from pretrain.models.heads import synchronize_batch_norm
 from pretrain.peers import ALONE, Peers
@@ -23,33 +23,6 @@ from pretrain.tasks.contract import EncodedViews
 WORLD = 2
 NUM_IMAGES = 6
 Results = dict[str, dict[str, Tensor]]
-
-
-class Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        ctx.num_rows = len(local)
-        parts = [torch.empty_like(local) for _ in range(WORLD)]
-        dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient[dist.get_rank() * ctx.num_rows :][: ctx.num_rows]
-
-
-class Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        total = local.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return Sum.forward(ctx, gradient)
 
 
 def whole_batch() -> EncodedViews:
@@ -123,7 +96,7 @@ def measure_all(views: EncodedViews, peers: Peers) -> Results:
 def run_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    peers = Peers(rank, WORLD, Gather.apply, Sum.apply)
+    peers = cluster.peers(cluster.Cluster(rank, WORLD, rank, WORLD))
     torch.save(measure_all(rows_of(whole_batch(), rows_of_rank(rank)), peers), folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -70,6 +70,8 @@ def test_colour_beyond_the_grey_value_is_hidden_from_the_network() -> None:
     other = clean + inside * same_gray
     assert (other - clean).abs().max() > 0.1
     torch.testing.assert_close(corrupt(other, plan, 8), corrupt(clean, plan, 8), rtol=0, atol=1e-6)
+    targets = [take(split_patches(view, 8), plan.patches.colorization) for view in (clean, other)]
+    assert (targets[0] - targets[1]).abs().amax(dim=(2, 3, 4)).min() > 0.1  # of every patch
 
 
 def test_colorization_patches_are_the_grey_of_the_clean_ones() -> None:

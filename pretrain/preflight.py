@@ -1,0 +1,156 @@
+"""Before a run: what was asked, what was found out, and whether it can start at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain import build, checkpoint, cluster
+from pretrain.check import check, check_order
+from pretrain.config import RunConfig
+from pretrain.data.loader import pool_bytes
+from pretrain.data.manifest import Manifest, Split
+from pretrain.errors import CheckpointError, UserError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    config: RunConfig
+    output_dir: Path
+    resume: str  # "none", "auto", or the path of a checkpoint or run
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What was found out before anything was started."""
+
+    manifest: Manifest
+    split: Split
+    sizes: build.Sizes
+    num_steps: int
+    resume_from: Path | None
+
+
+def inspect(request: Request, place: cluster.Cluster) -> Inspected:
+    """Everything that can be wrong with the input is found here. Starts no process and touches no GPU.
+
+    The run folder is looked at by rank 0 alone: it may already be writing there when another rank arrives.
+    """
+    config = request.config
+    check(config, place.world_size)
+    manifest = Manifest.load(config.data.shards)
+    split = manifest.split(config.data.split)
+    check_order(config, split)
+    resume_from = _find_checkpoint(request) if place.is_first else None
+    if resume_from is not None:
+        found = json.loads((resume_from / checkpoint.STATE).read_text())
+        checkpoint.check_identity(resume_from, found.get("identity", {}), identity(config, manifest))
+    return Inspected(
+        manifest,
+        split,
+        build.sizes(config, place.world_size),
+        build.num_steps(config, split.num_samples),
+        resume_from,
+    )
+
+
+def identity(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+    """What a resumed run must share with the one that wrote the checkpoint: data, order, model and tasks.
+
+    Learning rate, schedule, precision, ZeRO stage and ranks may change.
+    """
+    settings = config.model_dump(mode="json")
+    return {
+        "manifest_hash": manifest.hash,
+        "seed": config.seed,
+        "lanes": config.data.lanes,
+        "shuffle_block": config.data.shuffle_block,
+        "split": config.data.split,
+        "resident": config.data.resident,  # its crops may differ from streamed ones by a grey level
+        "global_batch": config.batch.global_size,
+        "accumulation_steps": config.batch.accumulation_steps,
+        "model": settings["model"],
+        "views": list(settings["views"].items()),  # their order chooses the random numbers
+        "tasks": settings["tasks"],
+        "balance": settings["balance"],
+        "normalization": settings["normalization"],
+        "teacher": settings["teacher"],
+    }
+
+
+def _find_checkpoint(request: Request) -> Path | None:
+    """The checkpoint to continue from. Never turns a wish to resume into a fresh start silently."""
+    run, resume = request.output_dir, request.resume
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; choose another --output-dir")
+    above = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{run}: {above} cannot be written to; choose another --output-dir")
+    if resume == "none":
+        if run.is_dir() and any(run.iterdir()):
+            raise UserError(
+                f"{run}: is not empty; continue it with --resume auto, or choose another --output-dir"
+            )
+        return None
+    if resume == "auto":
+        if not checkpoint.list_checkpoints(run):
+            return None
+        source = run
+    else:
+        source = Path(resume)
+        if not source.is_dir():
+            raise CheckpointError(
+                f"--resume {source}: no such folder; give a run, a checkpoint, 'auto' or 'none'"
+            )
+        is_own = run.resolve() in (source.resolve(), *source.resolve().parents)
+        if run.is_dir() and any(run.iterdir()) and not is_own:
+            raise UserError(f"{run}: is not empty and not the run to resume; choose another --output-dir")
+    if (source / checkpoint.MANIFEST).exists():
+        problems = checkpoint.verify(source)
+        if problems:
+            raise CheckpointError(f"{source}: {'; '.join(problems)}; choose another checkpoint")
+        return source
+    found, rejected = checkpoint.newest_valid(source)
+    for line in rejected:
+        print(f"pretrain: checkpoint rejected: {line}", file=sys.stderr)  # noqa: T201
+    if found is None:
+        listed = f"all {len(rejected)} checkpoints are damaged" if rejected else "it holds no checkpoints"
+        raise CheckpointError(f"{source}: cannot resume, {listed}; start anew with another --output-dir")
+    return found
+
+
+def describe(request: Request, inspected: Inspected, place: cluster.Cluster) -> str:
+    """The resolved layout, the first thing a run prints."""
+    config, split = request.config, inspected.split
+    per = inspected.sizes
+    nodes = f"{place.num_nodes} node{'s' * (place.num_nodes > 1)}"
+    if config.engine.kind == "local":
+        engine = "local"
+    else:
+        zero = config.engine.deepspeed.get("zero_optimization", {})
+        engine = f"deepspeed ZeRO-{zero.get('stage', 0) if isinstance(zero, dict) else 0}"
+    lines = [
+        f"{nodes} x {place.local_world_size} ranks on {place.device.type} ({place.launcher}); {engine}, "
+        f"{config.engine.precision}",
+        f"global batch {per.global_batch} = micro {per.micro_batch} x accumulation {per.accumulation_steps} "
+        f"x ranks {per.world_size}; lr {config.optim.scaled_lr(per.global_batch):.3g} "
+        f"(base {config.optim.base_lr:g} per {config.optim.lr_batch})",
+        f"data {split.num_samples} images in {len(split.shards)} shards of '{config.data.split}'; "
+        + ("resident on the device" if config.data.resident else _pool(config, split, per.world_size, place)),
+        f"{config.model.name} at {config.model.img_px} px, patch {config.model.patch_px} px; tasks "
+        f"{', '.join(config.tasks.enabled())}; {len(config.views)} views in one encoder pass",
+        f"{inspected.num_steps} steps = "
+        f"{inspected.num_steps * per.global_batch / split.num_samples:.2f} epochs; into {request.output_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def _pool(config: RunConfig, split: Split, world_size: int, place: cluster.Cluster) -> str:
+    num_lanes = config.data.lanes * place.local_world_size // world_size
+    return f"shuffle pool {pool_bytes(config.data, split, num_lanes) / 2**20:.0f} MiB per node"
