@@ -76,7 +76,8 @@ def identity(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
         "global_batch": config.batch.global_size,
         "accumulation_steps": config.batch.accumulation_steps,
         "model": settings["model"],
-        "views": list(settings["views"].items()),  # their order chooses the random numbers
+        "views": settings["views"],
+        "order_of_views": list(settings["views"]),  # it chooses the random numbers
         "tasks": settings["tasks"],
         "balance": settings["balance"],
         "normalization": settings["normalization"],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from small_config import CONFIG, small_config, write_config
 
-from pretrain import build
+from pretrain.check import check
 from pretrain.config import RunConfig, load_config
 from pretrain.engine.deepspeed_engine import zero_stage
 from pretrain.errors import ConfigError
@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def refusal(path: Path, *overrides: str, world_size: int = 1) -> str:
     """The one line with which a config is refused."""
     with pytest.raises(ConfigError) as caught:
-        build.check(load_config(path, overrides), world_size)
+        check(load_config(path, overrides), world_size)
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 1000
@@ -26,7 +26,7 @@ def refusal(path: Path, *overrides: str, world_size: int = 1) -> str:
 
 def test_the_small_config_is_accepted(tmp_path: Path) -> None:
     for world_size in (1, 2, 4):
-        build.check(small_config(tmp_path), world_size)
+        check(small_config(tmp_path), world_size)
 
 
 # override -> the key and the remedy that the refusal names
@@ -178,7 +178,7 @@ def test_what_depends_on_the_number_of_ranks_is_refused_with_what_would_do(tmp_p
     message = refusal(path, "engine.kind=local", world_size=2)
     assert message.startswith("engine.kind: ")
     assert "'deepspeed'" in message
-    build.check(load_config(path, ["engine.kind=local"]), world_size=1)
+    check(load_config(path, ["engine.kind=local"]), world_size=1)
 
 
 TEXTS = {
@@ -279,7 +279,7 @@ SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_shipped_config_passes_the_checks(path: Path, world_size: int) -> None:
-    build.check(load_config(path), world_size)
+    check(load_config(path), world_size)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -303,7 +303,7 @@ def test_shipped_deepspeed_files_hold_only_what_is_not_set_elsewhere(tmp_path: P
     files = sorted((CONFIGS / "deepspeed").glob("*.json"))
     assert len(files) >= 4
     for file in files:
-        build.check(small_config(tmp_path, f"engine.deepspeed={file}"), 1)
+        check(small_config(tmp_path, f"engine.deepspeed={file}"), 1)
 
 
 def test_an_override_reaches_into_the_deepspeed_file_that_a_config_names() -> None:

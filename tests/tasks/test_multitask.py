@@ -11,6 +11,7 @@ from small_config import small_config
 from torch import Tensor
 
 from pretrain import build
+from pretrain.check import check
 from pretrain.config import RunConfig
 from pretrain.peers import ALONE
 from pretrain.tasks import TASKS
@@ -34,7 +35,7 @@ NUM_IMAGES = 4
 def config_of(folder: Path, names: tuple[str, ...], *overrides: str) -> RunConfig:
     tasks = ", ".join(f"{name}: {HEADS.get(name, '{}')}" for name in names)
     config = small_config(folder, f"tasks={{{tasks}}}", *overrides)
-    build.check(config, world_size=1)
+    check(config, world_size=1)
     return config
 
 
