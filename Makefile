@@ -17,13 +17,13 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv and install pretrain with the tested versions into it
 
+# DeepSpeed looks for torch while it is built, so it is built against this environment
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
 	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision
-	# DeepSpeed looks for torch while it is built, so it is built against this environment
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $(READY)
 
 shards: $(SAMPLE)/index.json ## render the embedded sample as shards
