@@ -34,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"pretrain {__version__}")
+    # the deepspeed launcher says it this way too; LOCAL_RANK tells the same
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run a pretraining described by a YAML file", epilog=EXIT_CODES)

@@ -26,7 +26,7 @@ def build(names: list[str]) -> tuple[nn.Module, nn.ModuleDict, EncodedViews]:
     registers = tuple(name for name in names if TASKS[name].needs_register)
     layout = layout_of(BACKBONE, registers)
     site = TaskSite(layout, SITE.embed_dim, SITE.patch_px)
-    tasks = {name: TASKS[name].task(TASKS[name].config(**SETTINGS[name]), site) for name in names}
+    tasks = {name: TASKS[name].task(TASKS[name].config(**SETTINGS.get(name, {})), site) for name in names}
     views = example_views()
     views = replace(views, layout=layout, clean=views.clean.float())
     return create_backbone(BACKBONE, len(registers)), nn.ModuleDict(tasks), views

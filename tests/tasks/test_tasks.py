@@ -26,7 +26,7 @@ from pretrain.views.pixels import patchify, split_patches
 def build(name: str, site: TaskSite = SITE, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     spec = TASKS[name]
-    return spec.task(spec.config(**SETTINGS[name] | settings), site).double()
+    return spec.task(spec.config(**{**SETTINGS.get(name, {}), **settings}), site).double()
 
 
 def run(name: str, encoded: EncodedViews, head: nn.Module | None = None, **settings: Any) -> TaskOutput:

@@ -82,7 +82,7 @@ def measure_all(views: EncodedViews, peers: Peers) -> Results:
 
     for name, spec in TASKS.items():
         torch.manual_seed(0)
-        task = spec.task(spec.config(**SETTINGS[name]), SITE).double()
+        task = spec.task(spec.config(**SETTINGS.get(name, {})), SITE).double()
         task = synchronize_batch_norm(task, peers, "cpu")
 
         def run_task(views: EncodedViews, task: nn.Module = task) -> dict[str, Tensor]:
