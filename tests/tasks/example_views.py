@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pretrain.tasks import TASKS
 from pretrain.tasks.contract import EncodedViews, TaskSite
 from pretrain.tokens import TokenLayout
 from pretrain.views.plan import JitterPlan, PatchSets, TilePlan, ViewPlan
 
-REGISTERS = ("rotation", "clustering")
+REGISTERS = tuple(name for name, spec in TASKS.items() if spec.needs_register)
 LAYOUT = TokenLayout((4, 4), REGISTERS)
 SITE = TaskSite(LAYOUT, embed_dim=48, patch_px=4)  # 48 = 3 * 4 * 4, so that a token can hold a patch's pixels
 

@@ -38,8 +38,7 @@ def own_tokens(name: str, views: EncodedViews) -> Tensor:
     num_prefix = views.layout.num_prefix
     index = {
         "contrastive": torch.zeros(8, 1, dtype=torch.int64),
-        "rotation": torch.full((8, 1), 1),
-        "clustering": torch.full((8, 1), 2),
+        **{task: torch.full((8, 1), 1 + place) for place, task in enumerate(views.layout.registers)},
         "colorization": sets.colorization + num_prefix,
         "inpainting": sets.inpainting + num_prefix,
         "relative_position": sets.pairs.flatten(1) + num_prefix,
