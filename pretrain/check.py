@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from pretrain import build
 from pretrain.config import RunConfig
@@ -10,7 +12,7 @@ from pretrain.data.loader import order_of
 from pretrain.data.manifest import Split
 from pretrain.engine.deepspeed_engine import check_deepspeed_config
 from pretrain.errors import ConfigError
-from pretrain.models.backbone import create_backbone
+from pretrain.models.backbone import BackboneConfig, create_backbone
 from pretrain.tasks import TASKS
 
 
@@ -53,8 +55,7 @@ def _check_model(config: RunConfig) -> None:
             raise ConfigError(f"model.args.{key}: follows from '{owner}'; remove it here and set that")
     layout = build.token_layout(config)
     try:
-        with torch.device("meta"):
-            vit = create_backbone(config.model, len(layout.registers))
+        vit = _outline(config.model, len(layout.registers))
     except (AssertionError, ValueError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"model.args: timm refuses them for '{config.model.name}': {reason}") from None
@@ -71,6 +72,35 @@ def _check_model(config: RunConfig) -> None:
             f"settings ask for {layout.num_prefix} and {layout.num_patches}; choose a plain ViT, or set "
             "model.class_token"
         )
+    _check_prefix_without_positions(config.model, len(layout.registers))
+
+
+def _check_prefix_without_positions(model: BackboneConfig, num_registers: int) -> None:
+    """Older timm forgets class token and registers where there are no positions (seen from 1.0.16 to 1.0.24)."""
+    if model.pos_embed != "none":
+        return
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        vit = create_backbone(_one_block(model), num_registers).eval()
+        num_tokens = vit.forward_features(torch.zeros(1, 3, model.img_px, model.img_px)).shape[1]
+    if num_tokens != vit.num_prefix_tokens + vit.patch_embed.num_patches:
+        raise ConfigError(
+            f"model.pos_embed: timm {timm.__version__} drops class token and registers when it is 'none', so an "
+            "export would give other features; install a newer timm, or set it to 'learn'"
+        )
+
+
+def _one_block(model: BackboneConfig) -> BackboneConfig:
+    return model.model_copy(update={"args": {**model.args, "depth": 1}})
+
+
+def _outline(model: BackboneConfig, num_registers: int) -> VisionTransformer:
+    """The backbone without memory for its weights; of one block where an older timm cannot do that."""
+    try:
+        with torch.device("meta"):
+            return create_backbone(model, num_registers)
+    except RuntimeError:
+        with torch.random.fork_rng(devices=[]):
+            return create_backbone(_one_block(model), num_registers)
 
 
 def _check_tasks(config: RunConfig) -> None:
