@@ -76,7 +76,7 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_prefix_without_positions(model: BackboneConfig, num_registers: int) -> None:
-    """Older timm forgets class token and registers where there are no positions (seen from 1.0.16 to 1.0.24)."""
+    """Older timm forgets class token and registers where there are no positions (seen: 1.0.16 to 1.0.24)."""
     if model.pos_embed != "none":
         return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -84,8 +84,8 @@ def _check_prefix_without_positions(model: BackboneConfig, num_registers: int) -
         num_tokens = vit.forward_features(torch.zeros(1, 3, model.img_px, model.img_px)).shape[1]
     if num_tokens != vit.num_prefix_tokens + vit.patch_embed.num_patches:
         raise ConfigError(
-            f"model.pos_embed: timm {timm.__version__} drops class token and registers when it is 'none', so an "
-            "export would give other features; install a newer timm, or set it to 'learn'"
+            f"model.pos_embed: timm {timm.__version__} drops class token and registers when it is 'none', so "
+            "an export would give other features; install a newer timm, or set it to 'learn'"
         )
 
 
