@@ -10,7 +10,7 @@ OUT ?= $(RUN)/exported
 SAMPLE := data_shards/sample
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench check format shards pretrain export evaluate clean
+.PHONY: help setup demo test test-slow gpu-check bench check format shards pretrain export evaluate clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -53,6 +53,9 @@ test: $(READY) ## lint, types and all tests that take less than half a minute ea
 
 test-slow: $(READY) ## the tests that take longer
 	$(BIN)/pytest -q -m slow --timeout 1800
+
+gpu-check: $(READY) ## the tests that need a CUDA device
+	$(BIN)/pytest -q -m gpu
 
 bench: $(READY) ## side-by-side step times on this machine, as ratios
 	$(BIN)/python benchmarks/step.py --out benchmarks/results/step-cpu.json

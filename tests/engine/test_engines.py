@@ -11,7 +11,7 @@ from ranks import run_on_ranks
 from small_run import config, inputs, losses, module, tally
 
 from pretrain import cluster
-from pretrain.engine.deepspeed_engine import DeepSpeedEngine
+from pretrain.engine.deepspeed_engine import BF16_REDUCED, DeepSpeedEngine, resolve
 from pretrain.engine.engine import Engine, EngineConfig
 from pretrain.engine.local import LocalEngine
 
@@ -185,3 +185,11 @@ def test_bf16_autocast_keeps_weights_statistics_and_moments_in_fp32(
             assert value.dtype == (torch.int64 if name.endswith("num_batches_tracked") else torch.float32), (
                 name
             )
+
+
+def test_gradients_are_reduced_in_fp32_unless_bf16_is_asked_for() -> None:
+    for asked, rounded in (("fp32", []), ("bf16", BF16_REDUCED)):
+        engine = EngineConfig(precision="bf16", gradient_reduction=asked)
+        autocast = resolve(engine, config().optim, (16, 2, 1), 1000)["torch_autocast"]
+        assert autocast["enabled"]
+        assert autocast["lower_precision_safe_modules"] == rounded
