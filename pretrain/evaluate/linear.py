@@ -82,7 +82,14 @@ def linear_probe(
     trial_test_ratio = accuracies(trial, test_features, test_targets)
     at_the_edge = lr_factor in (min(config.lr_factors), max(config.lr_factors))
     if at_the_edge:
-        logger.warning("the best learning rate is at the edge of the sweep: %s", settings[chosen])
+        which = "largest" if lr_factor == max(config.lr_factors) else "smallest"
+        logger.warning(
+            "linear probe: the %s learning rate of the sweep was chosen (x%g, %s inputs); "
+            "a wider sweep might do better",
+            which,
+            lr_factor,
+            kind,
+        )
     low, high = wilson_interval(top1_ratio, len(test.labels))
     return {
         "top1_ratio": top1_ratio,
