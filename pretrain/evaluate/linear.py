@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.errors import DataError
 from pretrain.evaluate.features import Features
 
 LR_FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -122,7 +123,10 @@ def held_out_split(targets: Tensor, ratio: float, seed: int) -> tuple[Tensor, Te
         count = min(len(rows) - 1, max(1, round(ratio * len(rows))))
         held_out[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
     if not held_out.any():
-        raise ValueError("no class has two samples: nothing can be held out to choose a learning rate on")
+        raise DataError(
+            "--train: no class has two samples, so none can be held out to choose a learning rate on; "
+            "give a set with more labelled images of a class"
+        )
     return (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pretrain.errors import DataError
 from pretrain.evaluate.features import Features
 from pretrain.evaluate.linear import (
     INPUTS,
@@ -131,3 +132,9 @@ def test_accuracies_are_one_per_head() -> None:
     heads = train_heads(data.features, data.labels, 4, replace(QUICK, lr_factors=(0.0, 1.0)))
     untrained, trained, *_ = accuracies(heads, data.features, data.labels)
     assert untrained < 0.9 < trained
+
+
+def test_a_train_set_of_single_samples_is_refused_in_one_line() -> None:
+    with pytest.raises(DataError, match="no class has two samples") as caught:
+        held_out_split(torch.arange(5), ratio=0.1, seed=0)
+    assert "\n" not in str(caught.value)
