@@ -33,6 +33,11 @@ LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 HOMES = {
     "deepspeed": {"engine"},
     "webdataset": {"data"},
+    "fsspec": {"data"},
+    "aiohttp": {"data"},
+    "s3fs": {"data"},
+    "gcsfs": {"data"},
+    "pyarrow": {"data"},
     "prometheus_client": {"metrics"},
     "accelerate": {"evaluate", "transfer"},
 }

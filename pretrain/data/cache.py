@@ -1,0 +1,297 @@
+"""A folder on a node's own disk that holds whole shards, shared by all ranks and jobs of a user there.
+
+An entry is named by the sha256 of its content. It is written as `<sha256>.part` by the one process that holds
+a lock on that file (the kernel frees it when the process dies, however it dies), takes up its full size from
+the start, and is renamed once its bytes have proved right. All growth and eviction happen under one more
+lock, so the folder never holds more than `max_bytes`. Whoever has an evicted entry open can read on.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.data.location import Location, StorageError
+from pretrain.data.storage import OnRetry, RangeFile, StorageConfig, open_file
+from pretrain.errors import ConfigError, DataError
+
+LOCK_NAME = "lock"
+PART_SUFFIX = ".part"
+PIECE_BYTES = 2**23
+NUM_DOWNLOADS = 2  # of a shard whose bytes turn out wrong
+WAIT_SECONDS = 0.05  # for others to finish and make room
+FINISHED_NS = 10**18  # time of change of a finished entry: any later write gives it another
+_DEFAULT_STORAGE = StorageConfig()
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_ENTRY = re.compile(r"[0-9a-f]{64}")
+_PART = re.compile(r"[0-9a-f]{64}\.part")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """A node-local cache of shards."""
+
+    folder: Path  # of this user alone; made if it is absent
+    max_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.max_bytes <= 0:
+            raise ConfigError(f"max_bytes: {self.max_bytes} is not above 0; give room for a few shards")
+
+
+class ShardCache:
+    """Gives local copies of shards; downloads each once per node."""
+
+    def __init__(
+        self, config: CacheConfig, storage: StorageConfig = _DEFAULT_STORAGE, on_retry: OnRetry | None = None
+    ) -> None:
+        self.config = config
+        self.num_hits = 0
+        self.num_misses = 0
+        self.num_evicted = 0
+        self.bytes_fetched = 0
+        self._storage = storage
+        self._on_retry = on_retry
+        self._counting = threading.Lock()
+        _make_private(config.folder)
+        with self._locked():
+            self._sweep()
+
+    def open(self, location: Location, num_bytes: int, sha256: str) -> RangeFile:
+        """A shard, opened from the cache; nobody can take it away any more."""
+        while True:
+            path = self.fetch(location, num_bytes, sha256)
+            try:
+                return open_file(Location(str(path)), StorageConfig(self._storage.timeout_seconds, ()))
+            except StorageError as error:
+                if not error.missing:
+                    raise
+                # evicted since: rare, as the newest entry is the last to go
+
+    def fetch(self, location: Location, num_bytes: int, sha256: str) -> Path:
+        """The path of a local file with exactly these bytes, which another job may evict at any time."""
+        if not _ENTRY.fullmatch(sha256):
+            raise DataError(f"{location}: its sha256 in the index is not one; index the shards again")
+        if num_bytes > self.config.max_bytes:
+            raise DataError(
+                f"{location}: {num_bytes} bytes do not fit in a cache of {self.config.max_bytes} bytes; "
+                "raise the cache's size, or do without it"
+            )
+        entry = self.config.folder / sha256
+        while not _touch(entry, num_bytes):
+            part = _lock(_part_of(entry), os.O_CREAT, fcntl.LOCK_EX)
+            if part is None:
+                continue  # its writer has just finished
+            try:
+                if not _touch(entry, num_bytes):
+                    self._fill(entry, part, location, num_bytes)
+                    self._count(misses=1)
+                    return entry
+                _part_of(entry).unlink()
+            finally:
+                os.close(part)
+        self._count(hits=1)
+        return entry
+
+    def _fill(self, entry: Path, part: int, location: Location, num_bytes: int) -> None:
+        """Download a shard into a part that is locked, and make it an entry."""
+        try:
+            with self._locked():
+                entry.unlink(missing_ok=True)  # of a wrong size, or written to by someone
+                os.ftruncate(part, 0)  # what a dead writer left
+            self._reserve(location, part, num_bytes)
+            self._download(location, part, num_bytes, entry.name)
+            os.utime(part, ns=(time.time_ns(), FINISHED_NS))
+            _part_of(entry).rename(entry)
+        except BaseException:
+            _part_of(entry).unlink(missing_ok=True)  # no other process, as it is still locked
+            raise
+
+    def _reserve(self, location: Location, part: int, num_bytes: int) -> None:
+        """Take up the space of a whole shard; evicts the least recently used ones, or waits for writers."""
+        while True:
+            with self._locked():
+                unfinished_bytes = self._sweep()
+                entries = self._entries()
+                used_bytes = unfinished_bytes + sum(size for _, size, _ in entries)
+                while used_bytes + num_bytes > self.config.max_bytes and entries:
+                    used_bytes -= self._evict(entries)
+                if used_bytes + num_bytes <= self.config.max_bytes:
+                    while not _allocate(part, num_bytes):
+                        if not entries:
+                            break
+                        self._evict(entries)
+                    else:
+                        return
+                    if not unfinished_bytes:
+                        raise _disk_full(location, num_bytes, self.config.folder)
+            time.sleep(WAIT_SECONDS)
+
+    def _download(self, location: Location, part: int, num_bytes: int, sha256: str) -> None:
+        found = ""
+        for number in range(NUM_DOWNLOADS):
+            if number and self._on_retry is not None:
+                self._on_retry(f"{location}: came with sha256 {found}")
+            found = self._copy(location, part, num_bytes)
+            if found == sha256:
+                return
+        raise StorageError(
+            f"{location}: came {NUM_DOWNLOADS} times with other bytes than its index says (sha256 {found} "
+            f"instead of {sha256}); restore the shard, or index the shards again",
+            permanent=True,
+        )
+
+    def _copy(self, location: Location, part: int, num_bytes: int) -> str:
+        """Write a shard into `part`; the sha256 of what came."""
+        digest = hashlib.sha256()
+        with open_file(location, self._storage, self._on_retry) as file:
+            if file.num_bytes != num_bytes:
+                raise StorageError(
+                    f"{location}: {file.num_bytes} bytes instead of the {num_bytes} of its index; "
+                    "restore the shard, or index the shards again",
+                    permanent=True,
+                )
+            for begin in range(0, num_bytes, PIECE_BYTES):
+                piece = file.read(begin, begin + PIECE_BYTES)
+                digest.update(piece)
+                self._count(fetched=len(piece))
+                try:
+                    _write(part, piece, begin)
+                except OSError as error:
+                    if error.errno in _FULL:
+                        raise _disk_full(location, num_bytes, self.config.folder) from error
+                    raise
+        return digest.hexdigest()
+
+    def _entries(self) -> list[tuple[int, int, Path]]:
+        """(time of last use, bytes, path) of each finished entry, the least recently used first."""
+        found = []
+        for path in self.config.folder.iterdir():
+            if _ENTRY.fullmatch(path.name):
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    found.append((status.st_atime_ns, status.st_size, path))
+        return sorted(found)
+
+    def _evict(self, entries: list[tuple[int, int, Path]]) -> int:
+        _, num_bytes, path = entries.pop(0)
+        path.unlink(missing_ok=True)
+        self._count(evicted=1)
+        return num_bytes
+
+    def _sweep(self) -> int:
+        """Remove what dead writers left; the bytes that living ones have taken up."""
+        num_bytes = 0
+        for path in self.config.folder.iterdir():
+            if not _PART.fullmatch(path.name):
+                continue
+            with suppress(FileNotFoundError):  # just finished, so it is an entry now
+                try:
+                    part = _lock(path, 0, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    num_bytes += path.stat().st_size
+                    continue
+                if part is not None:
+                    path.unlink(missing_ok=True)
+                    os.close(part)
+        return num_bytes
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone among all processes that use the folder."""
+        lock = os.open(self.config.folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def _count(self, hits: int = 0, misses: int = 0, evicted: int = 0, fetched: int = 0) -> None:
+        with self._counting:
+            self.num_hits += hits
+            self.num_misses += misses
+            self.num_evicted += evicted
+            self.bytes_fetched += fetched
+
+
+def _part_of(entry: Path) -> Path:
+    return entry.with_name(entry.name + PART_SUFFIX)
+
+
+def _make_private(folder: Path) -> None:
+    """A folder that others can read or write would let them change what we train on."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be a cache ({error.strerror}); name another folder") from error
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise DataError(
+            f"{folder}: is open to other users (mode {status.st_mode & 0o777:o}); "
+            f"name a folder that does not exist yet, such as {folder}/shards-of-mine"
+        )
+
+
+def _touch(entry: Path, num_bytes: int) -> bool:
+    """Whether an entry is there as it was finished; marks it as used now.
+
+    The time of use is kept as the access time, set by hand: readers watch the time of change.
+    """
+    try:
+        status = entry.stat()
+        if (status.st_size, status.st_mtime_ns) != (num_bytes, FINISHED_NS):
+            return False
+        os.utime(entry, ns=(time.time_ns(), FINISHED_NS))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _lock(path: Path, flags: int, operation: int) -> int | None:
+    """A descriptor of a file that nobody else has locked; None if the file went away while we waited."""
+    part = os.open(path, os.O_RDWR | flags, 0o600)
+    kept = False
+    try:
+        fcntl.flock(part, operation)
+        kept = os.path.samestat(os.fstat(part), path.stat())
+    except FileNotFoundError:
+        pass
+    finally:
+        if not kept:
+            os.close(part)
+    return part if kept else None
+
+
+def _allocate(part: int, num_bytes: int) -> bool:
+    """Whether the disk has room for so many bytes; then they are ours."""
+    try:
+        if num_bytes:
+            os.posix_fallocate(part, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        os.ftruncate(part, 0)
+        return False
+    return True
+
+
+def _write(part: int, data: bytes, begin: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        num_written = os.pwrite(part, rest, begin)
+        rest, begin = rest[num_written:], begin + num_written
+
+
+def _disk_full(location: Location, num_bytes: int, folder: Path) -> DataError:
+    return DataError(
+        f"{folder}: no room on the disk for {location} ({num_bytes} bytes); free some, or name another folder"
+    )
