@@ -186,7 +186,7 @@ def _sha256(path: Path) -> str:
 
 def write_manifest(out: Path) -> None:
     """Index the shards, unless that is done."""
-    from pretrain.data.manifest import index_folder
+    from pretrain.data.indexing import index_folder
 
     if not (out / "index.json").exists():
         index_folder(out)

@@ -8,8 +8,6 @@ from timm.models.vision_transformer import VisionTransformer
 
 from pretrain import build
 from pretrain.config import RunConfig
-from pretrain.data.loader import order_of
-from pretrain.data.manifest import Split
 from pretrain.engine.deepspeed_engine import check_deepspeed_config
 from pretrain.errors import ConfigError
 from pretrain.models.backbone import BackboneConfig, create_backbone
@@ -215,8 +213,3 @@ def _check_schedule(config: RunConfig) -> None:
             f"schedule.final_lr: {schedule.final_lr:g} is above the learning rate it ends, {base:g} "
             "(optim.base_lr scaled to the batch); lower it"
         )
-
-
-def check_order(config: RunConfig, split: Split) -> None:
-    """Raises ConfigError if the lanes do not fit the data."""
-    order_of(config.data, split, config.seed, build.micro_step_batch(config))

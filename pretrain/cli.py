@@ -155,12 +155,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _shards(arguments: argparse.Namespace) -> int:
-    from pretrain.data.manifest import index_folder
+    from pretrain.data.indexing import index_folder
 
     manifest = index_folder(arguments.folder, arguments.out)
     for name in manifest.split_names:
         split = manifest.split(name)
-        print(f"{name}: {split.num_samples} samples in {len(split.shards)} shards")  # noqa: T201
+        print(f"{name}: {split.num_samples} samples in {split.num_shards} shards")  # noqa: T201
     print(f"index written to {arguments.out or arguments.folder}")  # noqa: T201
     return EXIT_DONE
 

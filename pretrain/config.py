@@ -242,7 +242,7 @@ def _describe(error: ValidationError, settings: Any) -> str:
         else:
             got = detail.get("input")
             value = f" (got {got!r})" if isinstance(got, (str, int, float, bool, list)) or got is None else ""
-            problems.append(f"{where}: {detail['msg']}{value}")
+            problems.append(f"{where}: {detail['msg'].removeprefix('Value error, ')}{value}")
     return "; ".join(problems)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pretrain import build, checkpoint, cluster
-from pretrain.check import check, check_order
+from pretrain.check import check
 from pretrain.config import RunConfig
-from pretrain.data.loader import pool_bytes
-from pretrain.data.manifest import Manifest, Split
+from pretrain.data.loader import mixture_of, open_splits, pool_bytes
+from pretrain.data.manifest import Split
+from pretrain.data.mixture import Mixture
 from pretrain.errors import CheckpointError, UserError
 
 
@@ -30,8 +32,8 @@ class Request:
 class Inspected:
     """What was found out before anything was started."""
 
-    manifest: Manifest
-    split: Split
+    splits: tuple[Split, ...]  # one of each source
+    mixture: Mixture
     sizes: build.Sizes
     num_steps: int
     resume_from: Path | None
@@ -44,34 +46,37 @@ def inspect(request: Request, place: cluster.Cluster) -> Inspected:
     """
     config = request.config
     check(config, place.world_size)
-    manifest = Manifest.load(config.data.shards)
-    split = manifest.split(config.data.split)
-    check_order(config, split)
+    splits = open_splits(config.data)
+    mixture = mixture_of(config.data, splits, config.seed, build.micro_step_batch(config))
+    if place.is_first:  # a million shards are looked at once, not once a rank
+        for manifest in {split.manifest for split in splits}:
+            manifest.check_shards()
     resume_from = _find_checkpoint(request) if place.is_first else None
     if resume_from is not None:
         found = json.loads((resume_from / checkpoint.STATE).read_text())
-        checkpoint.check_identity(resume_from, found.get("identity", {}), identity(config, manifest))
+        checkpoint.check_identity(resume_from, found.get("identity", {}), identity(config, splits))
     return Inspected(
-        manifest,
-        split,
+        splits,
+        mixture,
         build.sizes(config, place.world_size),
-        build.num_steps(config, split.num_samples),
+        build.num_steps(config, mixture.num_samples),
         resume_from,
     )
 
 
-def identity(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+def identity(config: RunConfig, splits: Sequence[Split]) -> dict[str, Any]:
     """What a resumed run must share with the one that wrote the checkpoint: data, order, model and tasks.
 
     Learning rate, schedule, precision, ZeRO stage and ranks may change.
     """
     settings = config.model_dump(mode="json")
     return {
-        "manifest_hash": manifest.hash,
+        "manifest_hash": [split.manifest.hash for split in splits],
+        "weights": [source.weight for source in config.data.all_sources],
         "seed": config.seed,
         "lanes": config.data.lanes,
         "shuffle_block": config.data.shuffle_block,
-        "split": config.data.split,
+        "split": [split.name for split in splits],
         "resident": config.data.resident,  # its crops may differ from streamed ones by a grey level
         "global_batch": config.batch.global_size,
         "accumulation_steps": config.batch.accumulation_steps,
@@ -128,7 +133,7 @@ def _find_checkpoint(request: Request) -> Path | None:
 
 def describe(request: Request, inspected: Inspected, place: cluster.Cluster) -> str:
     """The resolved layout, the first thing a run prints."""
-    config, split = request.config, inspected.split
+    config, mixture = request.config, inspected.mixture
     per = inspected.sizes
     nodes = f"{place.num_nodes} node{'s' * (place.num_nodes > 1)}"
     if config.engine.kind == "local":
@@ -142,16 +147,32 @@ def describe(request: Request, inspected: Inspected, place: cluster.Cluster) -> 
         f"global batch {per.global_batch} = micro {per.micro_batch} x accumulation {per.accumulation_steps} "
         f"x ranks {per.world_size}; lr {config.optim.scaled_lr(per.global_batch):.3g} "
         f"(base {config.optim.base_lr:g} per {config.optim.lr_batch})",
-        f"data {split.num_samples} images in {len(split.shards)} shards of '{config.data.split}'; "
-        + ("resident on the device" if config.data.resident else _pool(config, split, per.world_size, place)),
+        *_sources(mixture),
+        f"{mixture.lanes} lanes; "
+        + (
+            "resident on the device"
+            if config.data.resident
+            else _pool(config, mixture, per.world_size, place)
+        ),
         f"{config.model.name} at {config.model.img_px} px, patch {config.model.patch_px} px; tasks "
         f"{', '.join(config.tasks.enabled())}; {len(config.views)} views in one encoder pass",
         f"{inspected.num_steps} steps = "
-        f"{inspected.num_steps * per.global_batch / split.num_samples:.2f} epochs; into {request.output_dir}",
+        f"{inspected.num_steps * per.global_batch / mixture.num_samples:.2f} epochs; "
+        f"into {request.output_dir}",
     ]
     return "\n".join(lines)
 
 
-def _pool(config: RunConfig, split: Split, world_size: int, place: cluster.Cluster) -> str:
+def _sources(mixture: Mixture) -> list[str]:
+    """A line for each source."""
+    return [
+        f"data {source.num_samples} images in {source.split.num_shards} shards of '{source.split.name}' in "
+        f"{source.split.manifest.folder}"
+        + (f"; {share:.1%} of every batch" if len(mixture.sources) > 1 else "")
+        for source, share in zip(mixture.sources, mixture.shares, strict=True)
+    ]
+
+
+def _pool(config: RunConfig, mixture: Mixture, world_size: int, place: cluster.Cluster) -> str:
     num_lanes = config.data.lanes * place.local_world_size // world_size
-    return f"shuffle pool {pool_bytes(config.data, split, num_lanes) / 2**20:.0f} MiB per node"
+    return f"shuffle pool {pool_bytes(config.data, mixture, num_lanes) / 2**20:.0f} MiB per node"

@@ -64,7 +64,7 @@ def _run(request: Request, inspected: Inspected, place: cluster.Cluster) -> None
     step = int(saved.state["step"]) if saved else 0
     batches = open_batches(
         config.data,
-        inspected.manifest,
+        inspected.splits,
         list(config.views.values()),
         seed=config.seed,
         batch_size=build.micro_step_batch(config),
@@ -119,9 +119,9 @@ class Loop:
         self.meter = meter
         self.recipe: Recipe = build.recipe(config)
         self.num_steps = inspected.num_steps
-        self.lr: Schedule = build.lr_schedule(config, inspected.split.num_samples)
+        self.lr: Schedule = build.lr_schedule(config, inspected.mixture.num_samples)
         self.momentum = cosine_momentum(config.teacher.momentum, self.num_steps) if config.teacher else None
-        self.identity = identity(config, inspected.manifest)
+        self.identity = identity(config, inspected.splits)
         self.nonfinite_in_a_row = 0
 
     def train(self, step: int) -> None:
@@ -273,5 +273,5 @@ def open_meter(request: Request, inspected: Inspected, place: cluster.Cluster, s
         every_steps=config.log.every_steps,
         num_steps=inspected.num_steps,
         global_batch=config.batch.global_size,
-        images_per_epoch=inspected.split.num_samples,
+        images_per_epoch=inspected.mixture.num_samples,
     )

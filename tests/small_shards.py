@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from pretrain.data.manifest import Manifest, index_folder
+from pretrain.data.indexing import index_folder
+from pretrain.data.manifest import Manifest
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

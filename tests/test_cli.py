@@ -17,7 +17,7 @@ from small_shards import make_shards
 
 from pretrain import checkpoint, cluster
 from pretrain.cli import main
-from pretrain.data.manifest import Manifest
+from pretrain.data.loader import open_splits
 from pretrain.preflight import Inspected, Request, describe, identity, inspect
 from pretrain.train import load_weights, samples_digest
 
@@ -50,7 +50,7 @@ def saved_run(shards: Path, folder: Path, *overrides: str, step: int = 4) -> Pat
     """A run folder with one checkpoint that verifies, of a run with these settings."""
     (folder / "saved").mkdir()
     config = small_config(folder / "saved", f"data.shards={shards}", *overrides)
-    state = {"step": step, "optimizer_steps": step, "identity": identity(config, Manifest.load(shards))}
+    state = {"step": step, "optimizer_steps": step, "identity": identity(config, open_splits(config.data))}
     tensors = {name: {"w": torch.zeros(2)} for name in (checkpoint.STUDENT, checkpoint.OPTIMIZER)}
     checkpoint.write_checkpoint(folder / "saved", step, tensors, state, config.to_yaml())
     return folder / "saved"
@@ -259,7 +259,8 @@ def test_python_m_pretrain_ends_with_the_same_codes(arguments: list[str], code: 
 
 def test_the_same_identity_is_read_back_from_json(shards: Path, tmp_path: Path) -> None:
     """A value that JSON changes, such as a tuple, would make every resume a refusal."""
-    found = identity(small_config(tmp_path, f"data.shards={shards}"), Manifest.load(shards))
+    config = small_config(tmp_path, f"data.shards={shards}")
+    found = identity(config, open_splits(config.data))
     assert json.loads(json.dumps(found)) == found
 
 

@@ -202,7 +202,7 @@ TEXTS = {
     CONFIG + "---\nseed: 1\n": "but found another document",
     CONFIG + "x: \x07\n": "not valid YAML",
     CONFIG.replace("data: {shards: shards, lanes: 4}\n", ""): "data: is required",
-    CONFIG.replace("shards: shards, ", ""): "data.shards: is required",
+    CONFIG.replace("shards: shards, ", ""): "data: give either 'shards' or 'sources'",
     CONFIG.replace("schedule: {steps: 10}\n", ""): "schedule: is required",
 }
 

@@ -11,7 +11,7 @@ from small_shards import samples, write_shard
 from test_train import CONFIG, records, samples_seen, train
 
 from pretrain.cli import main
-from pretrain.data.manifest import index_folder
+from pretrain.data.indexing import index_folder
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,7 +18,7 @@ from small_shards import samples, write_shard
 
 from pretrain import checkpoint, cluster
 from pretrain.cli import main
-from pretrain.data.manifest import index_folder
+from pretrain.data.indexing import index_folder
 
 NUM_IMAGES = 60
 

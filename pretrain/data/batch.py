@@ -7,14 +7,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from pretrain.data.manifest import Split
-from pretrain.data.order import Order
+from pretrain.data.columns import NO_LABEL
+from pretrain.data.decode import MAX_PIXELS
+from pretrain.data.mixture import Mixture
 from pretrain.views.plan import ViewConfig
 
-NO_LABEL = -1
+__all__ = ["NO_LABEL", "Batch", "Batches", "CacheSettings", "DataConfig", "SourceConfig"]
+
+
+class SourceConfig(BaseModel):
+    """One of several sources that are read together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # a folder with an index.json: a path relative to the working directory, http(s)://, s3://, gs://, hf://
+    shards: str
+    split: str = "train"
+    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None  # None: its number of samples
+
+
+class CacheSettings(BaseModel):
+    """A folder on this node that keeps whole shards, for all ranks and jobs of the node."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: Path
+    max_gib: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class DataConfig(BaseModel):
@@ -22,16 +43,31 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shards: Path  # folder with an index.json; relative to the working directory
+    shards: str = ""  # as in a source; either this or `sources`
     split: str = "train"
+    sources: tuple[SourceConfig, ...] = ()  # several, mixed in every batch
     lanes: Annotated[int, Field(gt=0)] = 64  # distant places of the data that every batch mixes
     shuffle_block: Annotated[int, Field(gt=0)] = 128  # samples of a lane that are permuted together
     resident: bool = False  # keep the whole split, decoded, on the device
-    decode_threads: Annotated[int, Field(gt=0)] = 2  # per rank
+    decode_threads: Annotated[int, Field(ge=0)] = 2  # per rank; 0: no loader process, to debug
     prefetch_batches: Annotated[int, Field(gt=0)] = 3  # finished ahead of the trainer
-    max_bad_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = (
-        0.001  # undecodable samples; one is always allowed
+    max_bad_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.001  # of the samples; one is always allowed
+    max_pixels: Annotated[int, Field(gt=0)] = MAX_PIXELS  # an image that claims more is bad
+    timeout_seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = (
+        60.0  # of one read, before a retry
     )
+    cache: CacheSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_name_them(self) -> DataConfig:
+        if bool(self.shards) == bool(self.sources):
+            raise ValueError("give either 'shards' or 'sources'")
+        return self
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources, also where there is but one."""
+        return self.sources or (SourceConfig(shards=self.shards, split=self.split),)
 
 
 @dataclass(frozen=True)
@@ -78,22 +114,17 @@ def crop_places(views: Sequence[ViewConfig]) -> list[tuple[int, int]]:
     ]
 
 
-def order_of(config: DataConfig, split: Split, seed: int, batch_size: int) -> Order:
-    """The order in which a split is read; `batch_size` counts one micro step over all ranks."""
-    return Order(
-        shard_sizes=split.shard_sizes,
-        first_sample_ids=split.first_sample_ids,
-        seed=seed,
-        lanes=config.lanes,
-        shuffle_block=config.shuffle_block,
-        batch_size=batch_size,
-    )
-
-
-def pool_bytes(config: DataConfig, split: Split, num_lanes: int) -> int:
+def pool_bytes(config: DataConfig, mixture: Mixture, num_lanes: int) -> int:
     """Memory of the encoded samples that `num_lanes` lanes hold: the block in use and the one read ahead."""
-    samples_per_block = min(config.shuffle_block, split.num_samples // config.lanes)
-    return 2 * num_lanes * samples_per_block * split.stored_bytes // split.num_samples
+    per_lane = [
+        2
+        * min(config.shuffle_block, source.order.samples_per_lane)
+        * source.split.stored_bytes
+        // max(1, source.num_samples)
+        * share
+        for source, share in zip(mixture.sources, mixture.shares, strict=True)
+    ]
+    return round(num_lanes * sum(per_lane))
 
 
 def ring_bytes(config: DataConfig, views: Sequence[ViewConfig], local_batch_size: int) -> int:

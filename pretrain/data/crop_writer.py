@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.data.batch import NO_LABEL, crop_places
-from pretrain.data.decode import BadImage, crop_resize, decode, image_size
+from pretrain.data.decode import MAX_PIXELS, BadImage, crop_resize, decode, image_size, scale_box, shrink_for
 from pretrain.data.lane import Pick
-from pretrain.data.quarantine import Quarantine
+from pretrain.data.quarantine import CHECKSUM, Quarantine
 from pretrain.data.reader import EncodedSample
 from pretrain.errors import DataError
 from pretrain.views.plan import ViewConfig, crop_boxes
 
-IMAGES_PER_TASK = 4
-Boxes = list[list[int]]  # per image: top, left, height, width
+MAX_IMAGES_PER_TASK = 8  # handing over a task costs as much as a crop of a small image
+MIN_TASKS = 16  # of a batch, so that many threads share a small one
+Boxes = list[Sequence[int]]  # of one image, per view: top, left, height, width
 
 
 @dataclass(frozen=True)
@@ -39,63 +40,104 @@ class CropWriter:
     """Fills the slots of a ring."""
 
     def __init__(
-        self, ring: Ring, views: Sequence[ViewConfig], seed: int, num_threads: int, quarantine: Quarantine
+        self,
+        ring: Ring,
+        views: Sequence[ViewConfig],
+        seed: int,
+        threads: Executor,
+        quarantine: Quarantine,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.ring = ring
-        self.views = list(zip(views, crop_places(views), strict=True))
+        self.crops = [
+            crops.numpy() for crops in ring.crops
+        ]  # the same memory; numpy writes small parts faster
+        self.numbers = ring.numbers.numpy()
+        self.views = tuple(views)
+        self.places = crop_places(views)
+        self.sizes_px = [view.size_px for view in views]
+        self.shrinkable_px = 4 * min(self.sizes_px)  # a smaller image holds no crop that may be shrunk
         self.seed = seed
+        self.max_pixels = max_pixels
         self.quarantine = quarantine
-        self.threads = ThreadPoolExecutor(num_threads)
+        self.threads = threads
 
     def begin(self, slot: int, picks: Sequence[Pick]) -> list[Future[None]]:
         """Start filling a slot; it is full when all tasks are done."""
-        sizes = [_size_or_any(pick.sample) for pick in picks]
-        boxes = self._boxes([pick.sample for pick in picks], [pick.epoch for pick in picks], sizes)
+        samples = [pick.sample for pick in picks]
+        sizes = [self._size_or_any(sample) for sample in samples]
+        epochs = [pick.epoch for pick in picks]
+        boxes = self._boxes(samples, epochs, sizes)
+        self.numbers[slot] = (
+            [sample.sample_id for sample in samples],
+            epochs,
+            [_label(sample) for sample in samples],
+        )
+        per_task = min(MAX_IMAGES_PER_TASK, -(-len(picks) // MIN_TASKS))
         return [
-            self.threads.submit(self._fill, slot, rows, picks, boxes)
-            for start in range(0, len(picks), IMAGES_PER_TASK)
-            for rows in [range(start, min(start + IMAGES_PER_TASK, len(picks)))]
+            self.threads.submit(self._fill, slot, rows, picks, sizes, boxes)
+            for start in range(0, len(picks), per_task)
+            for rows in [range(start, min(start + per_task, len(picks)))]
         ]
 
     def _boxes(
         self, samples: Sequence[EncodedSample], epochs: Sequence[int], sizes: Sequence[tuple[int, int]]
     ) -> list[Boxes]:
-        """Per view, the crop of each image."""
+        """Of each image, the crop of each view."""
         sample_ids = torch.tensor([sample.sample_id for sample in samples])
         heights, widths = torch.tensor(sizes).unbind(1)
-        return [
+        by_view = [
             crop_boxes(view, self.seed, torch.tensor(epochs), sample_ids, index, heights, widths).tolist()
-            for index, (view, _) in enumerate(self.views)
+            for index, view in enumerate(self.views)
         ]
+        return [list(boxes) for boxes in zip(*by_view, strict=True)]
 
-    def _fill(self, slot: int, rows: Sequence[int], picks: Sequence[Pick], boxes: Sequence[Boxes]) -> None:
+    def _fill(
+        self,
+        slot: int,
+        rows: Sequence[int],
+        picks: Sequence[Pick],
+        sizes: Sequence[tuple[int, int]],
+        boxes: Sequence[Boxes],
+    ) -> None:
         for row in rows:
-            image, used = self._decode_or_replace(picks[row])
-            own = [of_view[row] for of_view in boxes]
-            if used is not picks[row]:
-                height, width = image.shape[:2]
-                own = [only for (only,) in self._boxes([used.sample], [used.epoch], [(height, width)])]
-            for (view, (group, place)), box in zip(self.views, own, strict=True):
-                crop = crop_resize(image, box, view.size_px, view.interpolation)
-                self.ring.crops[group][slot, place, row] = crop
-            label = NO_LABEL if used.sample.label is None else used.sample.label
-            self.ring.numbers[slot, :, row] = torch.tensor([used.sample.sample_id, used.epoch, label])
-
-    def _decode_or_replace(self, pick: Pick) -> tuple[NDArray[np.uint8], Pick]:
-        """The picked image, or the next of its block that decodes: the same on every rank and restart."""
-        num_samples = len(pick.block.samples)
-        for step in range(num_samples):
-            candidate = pick if step == 0 else Pick(pick.block, (pick.place + step) % num_samples)
+            pick, own = picks[row], boxes[row]
             try:
-                return decode(candidate.sample.image), candidate
+                shrink = shrink_for(own, self.sizes_px) if min(sizes[row]) >= self.shrinkable_px else 1
+                image = self._decode(pick.sample, shrink)
+                if (shrunk_size := image.shape[:2]) != sizes[row]:
+                    own = [scale_box(box, sizes[row], shrunk_size) for box in own]
+            except BadImage as bad:
+                self.quarantine.add(pick.sample, bad.reason)
+                image, used = self._replacement(pick)
+                (own,) = self._boxes([used.sample], [used.epoch], [image.shape[:2]])
+                self.numbers[slot, :, row] = used.sample.sample_id, used.epoch, _label(used.sample)
+            for view, (group, place), box in zip(self.views, self.places, own, strict=True):
+                crop = crop_resize(image, box, view.size_px, view.interpolation)
+                self.crops[group][slot, place, row] = crop
+
+    def _replacement(self, pick: Pick) -> tuple[NDArray[np.uint8], Pick]:
+        """The next image of the block that decodes: the same on every rank and restart."""
+        num_samples = len(pick.block.samples)
+        for step in range(1, num_samples):
+            candidate = Pick(pick.block, (pick.place + step) % num_samples)
+            try:
+                return self._decode(candidate.sample), candidate
             except BadImage as bad:
                 self.quarantine.add(candidate.sample, bad.reason)
         raise DataError(f"{pick.sample.shard}: none of {num_samples} samples read together decodes; check it")
 
+    def _decode(self, sample: EncodedSample, shrink: int = 1) -> NDArray[np.uint8]:
+        if not sample.is_intact:
+            raise BadImage(CHECKSUM, "these are not the bytes that were indexed")
+        return decode(sample.image, shrink, self.max_pixels)
 
-def _size_or_any(sample: EncodedSample) -> tuple[int, int]:
-    """(height, width) in px; of a bad image any, as it will be replaced."""
-    try:
-        return image_size(sample.image)
-    except BadImage:
-        return 1, 1
+    def _size_or_any(self, sample: EncodedSample) -> tuple[int, int]:
+        """(height, width) in px; of a bad image any, as it will be replaced."""
+        try:
+            return image_size(sample.image, self.max_pixels)
+        except BadImage:
+            return 1, 1
+
+
+def _label(sample: EncodedSample) -> int:
+    return NO_LABEL if sample.label is None else sample.label

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pretrain.data.manifest import Shard
+from pretrain.data.mixture import Mixture
 from pretrain.data.order import Order
-from pretrain.data.reader import EncodedSample, ShardReader
+from pretrain.data.reader import EncodedSample, OpenShard, ShardReader
+from pretrain.data.storage import StorageConfig
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,25 @@ class Lane:
     """One lane's blocks in sequence, the next one always being read."""
 
     def __init__(
-        self,
-        order: Order,
-        shards: Sequence[Shard],
-        lane: int,
-        start_micro_step: int,
-        readers: ThreadPoolExecutor,
+        self, order: Order, lane: int, reader: ShardReader, start_micro_step: int, readers: ThreadPoolExecutor
     ) -> None:
-        self.lane = lane
+        self.lane = lane  # of the order, so of one source
         self.order = order
-        self.reader = ShardReader(shards)
+        self.reader = reader
         self.readers = readers
         first = order.slices(start_micro_step)[0]
         self.current: tuple[int, int] | None = None
         self.ahead = first.round, first.block
         self.loading = readers.submit(self._load, *self.ahead)
+
+    def picks(self, micro_step: int) -> list[Pick]:
+        """The samples this lane gives to a batch."""
+        return [
+            Pick(block, place)
+            for part in self.order.slices(micro_step)
+            for block in [self.block(part.round, part.block)]
+            for place in range(part.start, part.stop)
+        ]
 
     def block(self, round_index: int, block: int) -> LoadedBlock:
         """A block, in memory: the current one or the one that follows it."""
@@ -74,13 +78,18 @@ class Lane:
         return LoadedBlock([samples[place] for place in places], [epochs[place] for place in places])
 
 
-def picks(order: Order, lanes: Sequence[Lane], micro_step: int) -> list[Pick]:
-    """Where the samples of a batch lie: lane after lane, as `Order.batch` has them."""
-    parts = order.slices(micro_step)
-    return [
-        Pick(block, place)
-        for lane in lanes
-        for part in parts
-        for block in [lane.block(part.round, part.block)]
-        for place in range(part.start, part.stop)
-    ]
+def open_lanes(
+    mixture: Mixture,
+    lanes: range,
+    start_micro_step: int,
+    readers: ThreadPoolExecutor,
+    storage: StorageConfig,
+    open_shard: OpenShard | None,
+) -> list[Lane]:
+    """Some lanes of a mixture, each already reading its first block."""
+    opened = []
+    for source_index, lane in (mixture.owners[lane] for lane in lanes):
+        source = mixture.sources[source_index]
+        reader = ShardReader(source.split, storage, open_shard, source.first_sample_id)
+        opened.append(Lane(source.order, lane, reader, start_micro_step, readers))
+    return opened

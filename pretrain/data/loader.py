@@ -1,4 +1,4 @@
-"""Open the batches of a split: streamed by a loader process, or resident on the device."""
+"""Open the batches of some splits: streamed by a loader process, or resident on the device."""
 
 from __future__ import annotations
 
@@ -7,19 +7,31 @@ from pathlib import Path
 
 import torch
 
-from pretrain.data.batch import Batch, Batches, DataConfig, order_of, pool_bytes, ring_bytes
-from pretrain.data.manifest import Manifest
+from pretrain.data.batch import Batch, Batches, DataConfig, pool_bytes, ring_bytes
+from pretrain.data.inline import InlineBatches
+from pretrain.data.manifest import Split
 from pretrain.data.resident import ResidentBatches
+from pretrain.data.sources import mixture_of, open_splits
 from pretrain.data.streaming import StreamingBatches
+from pretrain.data.transfer import DeviceBatches
 from pretrain.data.worker import Work
 from pretrain.views.plan import ViewConfig
 
-__all__ = ["Batch", "Batches", "DataConfig", "open_batches", "order_of", "pool_bytes", "ring_bytes"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "DataConfig",
+    "mixture_of",
+    "open_batches",
+    "open_splits",
+    "pool_bytes",
+    "ring_bytes",
+]
 
 
 def open_batches(
     config: DataConfig,
-    manifest: Manifest,
+    splits: Sequence[Split],
     views: Sequence[ViewConfig],
     *,
     seed: int,
@@ -32,17 +44,16 @@ def open_batches(
 ) -> Batches:
     """Batches from `start_micro_step` on; nothing else is needed to continue a run.
 
-    batch_size: samples of one micro step over all ranks. Resident batches lie on `device`, streamed ones in
-    shared memory on the CPU.
+    splits: of the sources of `config`, as `open_splits` gives them. batch_size: samples of one micro step
+    over all ranks. Batches lie on `device`; streamed ones on the CPU in memory shared with the loader
+    process.
     """
-    split = manifest.split(config.split)
-    order = order_of(config, split, seed, batch_size)
-    order.lanes_of(rank, world_size)  # an impossible sharing is told here, not by the loader process
+    mixture = mixture_of(config, splits, seed, batch_size)
+    mixture.lanes_of(rank, world_size)  # an impossible sharing is told here, not by the loader process
     if config.resident:
         return ResidentBatches(
             config,
-            manifest,
-            order,
+            mixture,
             views,
             rank=rank,
             world_size=world_size,
@@ -51,14 +62,18 @@ def open_batches(
             quarantine_path=quarantine_path,
         )
     work = Work(
-        split=split,
-        order=order,
+        config=config,
+        splits=tuple(splits),
         views=tuple(views),
+        seed=seed,
+        batch_size=batch_size,
         rank=rank,
         world_size=world_size,
         start_micro_step=start_micro_step,
-        decode_threads=config.decode_threads,
         quarantine_path=quarantine_path,
-        max_bad_ratio=config.max_bad_ratio,
     )
-    return StreamingBatches(config, work)
+    if config.decode_threads == 0:
+        return InlineBatches(work)
+    batches = StreamingBatches(work)
+    device = torch.device(device)
+    return DeviceBatches(batches, device) if device.type == "cuda" else batches

@@ -1,8 +1,10 @@
-"""What the shards of a folder hold, written once by `pretrain shards index` and trusted by every reader.
+"""What the shards of a folder hold: written once (`indexing.py`), trusted and checked by every reader.
 
-`index.json` names the shards (bytes, samples, sha256, split); `index.offsets.bin` beside it holds, shard by
-shard, `num_samples + 1` little-endian int64 byte offsets into the uncompressed tar: where each sample's first
-header begins, then where the data end and the end-of-archive marker must stand.
+`index.json` says what there is; `index.safetensors` beside it holds the numbers as columns. A list of objects
+in JSON would need seconds and gigabytes to open for a million shards; these columns need tens of MiB for the
+shards, and those of the samples (28 bytes each) are looked up on disk, shard by shard. The columns of the
+shards are vouched for by a hash in `index.json`, those of a shard's samples by a hash among the columns of
+the shards, which is checked when the shard is first read. So opening never reads what a run may not need.
 """
 
 from __future__ import annotations
@@ -10,268 +12,290 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
-from pretrain.data.scan import scan_shard
+from pretrain.data.columns import SampleColumns
+from pretrain.data.storage import Location, StorageError, parse_location, read_bytes
 from pretrain.errors import DataError, nearest
 
 INDEX_NAME = "index.json"
-OFFSETS_NAME = "index.offsets.bin"
-FORMAT = "pretrain-shards-1"
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
-SPLITS = {"train": "train", "test": "test", "val": "val", "validation": "val"}  # word in a file name -> split
-NUM_SCAN_THREADS = 4
+COLUMNS_NAME = "index.safetensors"
+FORMAT = "pretrain-shards-2"
+NUM_LOOKUP_THREADS = 16
 NUM_NAMED_SHARDS = 20  # an error names this many shards, and counts the rest
+SHARD_COLUMNS = ("names", "name_ends", "num_bytes", "num_samples", "data_bytes", "sha256", "split", "digests")
+SAMPLE_COLUMNS = ("starts", "image_begins", "image_bytes", "hashes", "labels")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file and where its samples lie."""
+    """One tar file."""
 
+    index: int  # in its manifest
     name: str
-    path: Path
+    location: Location
     num_bytes: int  # on disk, so compressed for .tar.gz
     num_samples: int
     sha256: str  # of the file on disk
-    split: str
     first_sample_id: int  # ids count on through all shards of the manifest
-    offsets: NDArray[np.int64] = field(compare=False, repr=False)  # (num_samples + 1,) bytes, uncompressed
+
+    @property
+    def path(self) -> Path:
+        return self.location.path
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """All shards of an indexed folder. Two are equal if the same sample ids stand for the same bytes."""
+
+    folder: Location  # where index.json lies; the shards may lie elsewhere
+    root: Location  # of the shards
+    split_names: tuple[str, ...]
+    class_names: tuple[str, ...]
+    hash: str  # sha256 over the columns of the shards; part of a run's identity
+    columns_path: Path  # of index.safetensors, on this machine
+    shard_columns: dict[str, NDArray[Any]]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Manifest) and other.hash == self.hash
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_same, (self.folder, self.hash)  # another process opens it again
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shard_columns["num_samples"])
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.ends[-1])
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        return tuple(self.shard(index) for index in range(self.num_shards))
+
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """(shards,): the sample id after each shard's last."""
+        return np.cumsum(self.shard_columns["num_samples"], dtype=np.int64)
+
+    def shard(self, index: int) -> Shard:
+        columns = self.shard_columns
+        name = self._name(index)
+        num_samples = int(columns["num_samples"][index])
+        return Shard(
+            index=index,
+            name=name,
+            location=self.root.join(name),
+            num_bytes=int(columns["num_bytes"][index]),
+            num_samples=num_samples,
+            sha256=columns["sha256"][index].tobytes().hex(),
+            first_sample_id=int(self.ends[index]) - num_samples,
+        )
+
+    def samples(self, shard: Shard) -> SampleColumns:
+        """Where a shard's samples lie, checked against the hash that vouches for it."""
+        try:
+            columns = _sample_columns(self.columns_path, shard)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{self.columns_path}: cannot be read ({error}); {self.again}") from error
+        if columns.digest() != int(self.shard_columns["digests"][shard.index]):
+            raise DataError(f"{self.columns_path}: damaged where it speaks of {shard.name}; {self.again}")
+        return columns
+
+    def split(self, name: str) -> Split:
+        if name not in self.split_names:
+            raise DataError(f"{self.folder}: there is no split '{name}'; {nearest(name, self.split_names)}")
+        own = self.shard_columns["split"] == self.split_names.index(name)
+        return Split(self, name, np.flatnonzero(own))
+
+    @property
+    def again(self) -> str:
+        """The remedy for an index that does not fit."""
+        return _again(self.folder)
+
+    def _name(self, index: int) -> str:
+        ends = self.shard_columns["name_ends"]
+        begin = int(ends[index - 1]) if index else 0
+        return self.shard_columns["names"][begin : int(ends[index])].tobytes().decode("utf-8")
+
+    @classmethod
+    def load(cls, folder: Location | Path | str) -> Manifest:
+        """Open the index of a folder. Looks at no shard: `check_shards` does."""
+        location = folder if isinstance(folder, Location) else parse_location(folder)
+        try:
+            data = read_bytes(location.join(INDEX_NAME))
+        except StorageError as error:
+            if not error.missing:
+                raise DataError(str(error)) from error
+            raise DataError(f"{location}: there is no {INDEX_NAME}; {_again(location)} to make it") from error
+        try:
+            index = json.loads(data)
+            if index["format"] != FORMAT:
+                raise DataError(
+                    f"{location.join(INDEX_NAME)}: format {index['format']!r} is not {FORMAT!r}; "
+                    f"{_again(location)}"
+                )
+            columns_path = _columns_here(location, index["columns_sha256"])
+            columns = _shard_columns(columns_path)
+            vouched, root = index["shards_sha256"], _root(location, index["shards_root"])
+            split_names, class_names = tuple(index["split_names"]), tuple(index["class_names"])
+        except (OSError, StorageError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{location}: the index cannot be read ({error!r}); {_again(location)}"
+            ) from error
+        if shards_hash(columns, split_names) != vouched:
+            raise DataError(f"{location}: {COLUMNS_NAME} does not belong to {INDEX_NAME}; {_again(location)}")
+        return cls(location, root, split_names, class_names, vouched, columns_path, columns)
+
+    def check_shards(self) -> None:
+        """Every local shard is there, readable, with the bytes it had; all that are not are named at once."""
+        if not self.root.is_local:
+            return  # a shard of a store is looked at when it is read
+        with ThreadPoolExecutor(NUM_LOOKUP_THREADS) as pool:
+            batches = range(0, self.num_shards, 1000)
+            found = pool.map(lambda first: list(self._problems(first, first + 1000)), batches)
+            problems = [problem for batch in found for problem in batch]
+        if problems:
+            more = len(problems) - NUM_NAMED_SHARDS
+            named = "; ".join(problems[:NUM_NAMED_SHARDS]) + (f"; and {more} more" if more > 0 else "")
+            raise DataError(
+                f"{self.root}: {len(problems)} of {self.num_shards} shards do not match the index: {named}. "
+                f"Restore them, or {self.again} to take them as they are"
+            )
+
+    def _problems(self, first: int, stop: int) -> Iterator[str]:
+        for index in range(first, min(stop, self.num_shards)):
+            shard = self.shard(index)
+            try:
+                num_bytes = shard.path.stat().st_size
+            except OSError as error:
+                yield f"{shard.name}: {(error.strerror or str(error)).lower()}"
+                continue
+            if num_bytes != shard.num_bytes:
+                yield f"{shard.name}: {num_bytes} bytes instead of {shard.num_bytes}"
+            elif not os.access(shard.path, os.R_OK):
+                yield f"{shard.name}: no permission to read"
 
 
 @dataclass(frozen=True)
 class Split:
     """The shards of one split, in manifest order."""
 
+    manifest: Manifest
     name: str
-    shards: tuple[Shard, ...]
+    indices: NDArray[np.int64]  # of its shards, in the manifest
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.indices)
 
     @property
     def num_samples(self) -> int:
-        return sum(self.shard_sizes)
+        return int(self.shard_sizes.sum())
 
     @property
-    def shard_sizes(self) -> tuple[int, ...]:
-        return tuple(shard.num_samples for shard in self.shards)
+    def shards(self) -> tuple[Shard, ...]:
+        return tuple(self.shard(place) for place in range(self.num_shards))
 
     @property
-    def first_sample_ids(self) -> tuple[int, ...]:
-        return tuple(shard.first_sample_id for shard in self.shards)
+    def shard_sizes(self) -> NDArray[np.int64]:
+        return self._column("num_samples")
+
+    @property
+    def first_sample_ids(self) -> NDArray[np.int64]:
+        first: NDArray[np.int64] = self.manifest.ends[self.indices] - self.shard_sizes
+        return first
 
     @property
     def stored_bytes(self) -> int:
         """Uncompressed bytes of all samples, tar headers included."""
-        return sum(int(shard.offsets[-1] - shard.offsets[0]) for shard in self.shards)
+        return int(self._column("data_bytes").sum())
+
+    def shard(self, place: int) -> Shard:
+        """The shard at a place of this split."""
+        return self.manifest.shard(int(self.indices[place]))
+
+    def samples(self, shard: Shard) -> SampleColumns:
+        return self.manifest.samples(shard)
+
+    def _column(self, name: str) -> NDArray[np.int64]:
+        column: NDArray[np.int64] = self.manifest.shard_columns[name][self.indices]
+        return column
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """All shards of an indexed folder."""
-
-    folder: Path  # where index.json lies; the shards may lie elsewhere
-    shards: tuple[Shard, ...]
-    class_names: tuple[str, ...] = ()
-
-    @property
-    def num_samples(self) -> int:
-        return sum(shard.num_samples for shard in self.shards)
-
-    @property
-    def split_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(shard.split for shard in self.shards))
-
-    @cached_property
-    def hash(self) -> str:
-        """sha256 over all that decides which bytes a sample id stands for; part of a run's identity."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            line = [shard.name, shard.num_bytes, shard.num_samples, shard.sha256, shard.split]
-            digest.update(json.dumps(line).encode() + b"\n")
-            digest.update(shard.offsets.astype("<i8").tobytes())
-        return digest.hexdigest()
-
-    def split(self, name: str) -> Split:
-        shards = tuple(shard for shard in self.shards if shard.split == name)
-        if not shards:
-            raise DataError(f"{self.folder}: there is no split '{name}'; {nearest(name, self.split_names)}")
-        return Split(name, shards)
-
-    @classmethod
-    def load(cls, folder: Path | str) -> Manifest:
-        """Read the index of a folder and check that every shard is there with the bytes it had."""
-        folder = Path(folder)
-        index, offsets = _read_index(folder)
-        root = Path(os.path.normpath(folder / index["shards_root"]))
-        manifest = cls(folder, _place(index["shards"], offsets, root), tuple(index["class_names"]))
-        problems = [problem for shard in manifest.shards if (problem := _problem(shard))]
-        if problems:
-            more = len(problems) - NUM_NAMED_SHARDS
-            named = "; ".join(problems[:NUM_NAMED_SHARDS]) + (f"; and {more} more" if more > 0 else "")
-            raise DataError(
-                f"{root}: {len(problems)} of {len(manifest.shards)} shards do not match the index: {named}. "
-                f"Restore them, or run `pretrain shards index {folder}` to take them as they are"
-            )
-        return manifest
+def shards_hash(columns: dict[str, NDArray[Any]], split_names: tuple[str, ...]) -> str:
+    """sha256 over all that decides which bytes a sample id stands for."""
+    digest = hashlib.sha256(json.dumps(split_names).encode())
+    for name in SHARD_COLUMNS:
+        column = np.ascontiguousarray(columns[name])
+        digest.update(f"{name} {column.dtype.str} {column.shape}".encode())
+        digest.update(column.data)
+    return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class ShardRecord:
-    """What a shard's writer, or its scan, knows of it."""
-
-    name: str
-    num_bytes: int
-    sha256: str
-    split: str
-    offsets: NDArray[np.int64]  # (num_samples + 1,)
+def _load_same(folder: Location, hash_: str) -> Manifest:
+    manifest = Manifest.load(folder)
+    if manifest.hash != hash_:
+        raise DataError(f"{folder}: the index was changed while it was in use; start again")
+    return manifest
 
 
-def write_manifest(
-    folder: Path,
-    records: Iterable[ShardRecord],
-    shards_root: Path | None = None,
-    class_names: Iterable[str] = (),
-) -> Manifest:
-    """Write the index into `folder`, for shards that lie in `shards_root` (default: the same folder)."""
-    records = list(records)
-    folder.mkdir(parents=True, exist_ok=True)
-    offsets = b"".join(record.offsets.astype("<i8").tobytes() for record in records)
-    index = {
-        "format": FORMAT,
-        "shards_root": _relative(shards_root or folder, folder),
-        "offsets_sha256": hashlib.sha256(offsets).hexdigest(),
-        "class_names": list(class_names),
-        "shards": [
-            {
-                "name": record.name,
-                "num_bytes": record.num_bytes,
-                "num_samples": len(record.offsets) - 1,
-                "sha256": record.sha256,
-                "split": record.split,
-            }
-            for record in records
-        ],
-    }
-    _write_atomically(folder / OFFSETS_NAME, offsets)
-    _write_atomically(folder / INDEX_NAME, (json.dumps(index, indent=1) + "\n").encode())
-    return Manifest.load(folder)
+def _again(folder: Location) -> str:
+    return f"run `pretrain shards index {folder}`"
 
 
-def index_folder(folder: Path | str, out: Path | str | None = None) -> Manifest:
-    """Read every shard of a folder once, check it, and write the index into `out` (default: the folder)."""
-    folder = Path(folder)
-    paths = _shards_of(folder)
-    with ThreadPoolExecutor(min(NUM_SCAN_THREADS, len(paths))) as pool:
-        scans = list(pool.map(scan_shard, paths))
-    records = [
-        ShardRecord(path.name, scan.num_bytes, scan.sha256, split_of(path.name), scan.offsets)
-        for path, scan in zip(paths, scans, strict=True)
-    ]
-    return write_manifest(Path(out) if out else folder, records, folder, _class_names(folder / "classes.txt"))
+def _root(folder: Location, shards_root: str) -> Location:
+    if not folder.is_local or "://" in shards_root:
+        return folder if shards_root == "." else parse_location(shards_root)
+    return parse_location(os.path.normpath(folder.path / shards_root))
 
 
-def split_of(name: str) -> str:
-    """The split that a shard's file name speaks of: its first word that is one, else train."""
-    return next((SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLITS), "train")
-
-
-def _shards_of(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    paths = [
-        path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and not path.name.startswith(".")
-    ]
-    if not paths:
-        raise DataError(f"{folder}: no shards here; expected files that end in {', '.join(SUFFIXES)}")
-    by_stem: dict[str, str] = {}
-    for path in paths:
-        stem = re.sub(r"\.(tar|tar\.gz|tgz)$", "", path.name)
-        if stem in by_stem:
-            raise DataError(
-                f"{folder}: {by_stem[stem]} and {path.name} hold the same shard; remove one of them"
-            )
-        by_stem[stem] = path.name
-    return sorted(paths, key=lambda path: _natural_key(path.name))
-
-
-def _natural_key(name: str) -> list[tuple[int, str]]:
-    """Sort key under which shard-2 comes before shard-10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split("([0-9]+)", name)]
-
-
-def _class_names(path: Path) -> list[str]:
-    """One class a line; of a line with tabs (index, id, name) the last field."""
-    if not path.is_file():
-        return []
-    return [
-        line.split("\t")[-1].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
-
-
-def _read_index(folder: Path) -> tuple[dict[str, Any], NDArray[np.int64]]:
-    again = f"run `pretrain shards index {folder}`"
-    if not (folder / INDEX_NAME).is_file():
-        raise DataError(f"{folder}: there is no {INDEX_NAME}; {again} to make it")
-    try:
-        index: dict[str, Any] = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        if index["format"] != FORMAT:
-            raise DataError(f"{folder / INDEX_NAME}: format {index['format']!r} is not {FORMAT!r}; {again}")
-        data = (folder / OFFSETS_NAME).read_bytes()
-        count = sum(int(shard["num_samples"]) + 1 for shard in index["shards"])
-        matches = len(data) == 8 * count and hashlib.sha256(data).hexdigest() == index["offsets_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: the index cannot be read ({error!r}); {again}") from error
-    if not matches:
-        raise DataError(f"{folder}: {OFFSETS_NAME} does not belong to {INDEX_NAME}; {again}")
-    return index, np.frombuffer(data, dtype="<i8").astype(np.int64)
-
-
-def _place(entries: list[dict[str, Any]], offsets: NDArray[np.int64], root: Path) -> tuple[Shard, ...]:
-    shards: list[Shard] = []
-    first_sample_id = first_offset = 0
-    for entry in entries:
-        num_samples = entry["num_samples"]
-        own = offsets[first_offset : first_offset + num_samples + 1]
-        shards.append(Shard(path=root / entry["name"], first_sample_id=first_sample_id, offsets=own, **entry))
-        first_sample_id += num_samples
-        first_offset += num_samples + 1
-    return tuple(shards)
-
-
-def _problem(shard: Shard) -> str | None:
-    try:
-        num_bytes = shard.path.stat().st_size
-    except OSError as error:
-        return f"{shard.name}: {(error.strerror or str(error)).lower()}"
-    if num_bytes != shard.num_bytes:
-        return f"{shard.name}: {num_bytes} bytes instead of {shard.num_bytes}"
-    return None if os.access(shard.path, os.R_OK) else f"{shard.name}: no permission to read"
-
-
-def _relative(path: Path, start: Path) -> str:
-    """Relative when the two share a folder below the root, so that both can be moved together."""
-    path, start = path.resolve(), start.resolve()
-    shared = os.path.commonpath([path, start])
-    return os.path.relpath(path, start) if shared != path.anchor else str(path)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
+def _columns_here(folder: Location, sha256: str) -> Path:
+    """The columns as a local file; those of a remote folder are copied here once."""
+    remote = folder.join(COLUMNS_NAME)
+    if folder.is_local:
+        return remote.path
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pretrain" / "indexes"
+    here = caches / f"{sha256}.safetensors"
+    if not here.is_file():
+        data = read_bytes(remote)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise DataError(f"{remote}: does not belong to its {INDEX_NAME}; copy both again")
+        here.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=here.parent, delete=False) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(
-            f"{path}: cannot write the index ({error.strerror}); choose a writable folder"
-        ) from error
+        Path(file.name).replace(here)
+    return here
+
+
+def _shard_columns(path: Path) -> dict[str, NDArray[Any]]:
+    with safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(f"shards.{name}") for name in SHARD_COLUMNS}
+
+
+@lru_cache(maxsize=4)
+def _open_columns(path: Path, _changed_ns: int) -> Any:
+    return safe_open(path, framework="numpy")
+
+
+def _sample_columns(path: Path, shard: Shard) -> SampleColumns:
+    file = _open_columns(path, path.stat().st_mtime_ns)
+    begin, end = shard.first_sample_id, shard.first_sample_id + shard.num_samples
+    starts = file.get_slice("samples.starts")[begin + shard.index : end + shard.index + 1]  # one more a shard
+    return SampleColumns(
+        starts, *(file.get_slice(f"samples.{name}")[begin:end] for name in SAMPLE_COLUMNS[1:])
+    )

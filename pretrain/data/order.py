@@ -2,14 +2,15 @@
 
 The epochs, each with its shards in a new random order, are joined into one endless sequence of samples. The
 sequence is cut into rounds of `lanes * M` samples, M = num_samples // lanes; in a round each lane owns M
-consecutive ones, reads them in sequence and permutes them in blocks of `shuffle_block`. A batch takes equally
-many samples from each lane, lane after lane, and a rank owns whole lanes. So no sample is lost or doubled, a
-batch mixes `lanes` distant places of the data, and every world size that divides `lanes` sees the same ones.
+consecutive ones, reads them in sequence and permutes them in blocks of like size, `shuffle_block` at most. A
+batch takes equally many samples from each lane, lane after lane, and a rank owns whole lanes. So no sample is
+lost or doubled, a batch mixes `lanes` distant places of the data, and every world size that divides `lanes`
+sees the same ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from pretrain.views.plan import ORDER_STREAM
 
 SHARD_STREAM = ORDER_STREAM  # order of the shards in an epoch
 BLOCK_STREAM = ORDER_STREAM + 1  # order of the samples in a block
+NUM_EPOCHS_KEPT = 3  # a round reaches into two
 
 
 class SampleRefs(NamedTuple):
@@ -56,16 +58,20 @@ class BlockSlice(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, so that a long order is a cheap key of a cache
 class Order:
     """The endless order of a split. `batch_size` counts the samples of one micro step over all ranks."""
 
-    shard_sizes: tuple[int, ...]
-    first_sample_ids: tuple[int, ...]  # sample id of each shard's first sample
+    shard_sizes: Tensor  # int64 (shards,)
+    first_sample_ids: Tensor  # int64 (shards,): sample id of each shard's first sample
     seed: int
     lanes: int
     shuffle_block: int
     batch_size: int
+    _epochs: dict[int, tuple[Tensor, Tensor]] = field(init=False, repr=False, default_factory=dict)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_epochs": {}}
 
     def __post_init__(self) -> None:
         if self.lanes > self.num_samples:
@@ -79,9 +85,6 @@ class Order:
                 f"from each of {self.lanes} lanes (data.lanes); use {_multiples(self.batch_size, self.lanes)}"
             )
 
-    def __hash__(self) -> int:  # cheap: shard_sizes may be long, and every cached call hashes
-        return hash((self.seed, self.lanes, self.shuffle_block, self.batch_size, len(self.shard_sizes)))
-
     @property
     def num_samples(self) -> int:
         return _num_samples(self)
@@ -93,7 +96,7 @@ class Order:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of a lane in a round; the last may be short."""
+        """Blocks of a lane in a round, all of one size or two that differ by one."""
         return -(-self.samples_per_lane // self.shuffle_block)
 
     def lanes_of(self, rank: int, world_size: int) -> range:
@@ -115,7 +118,7 @@ class Order:
             picked = _permutations(self, part.round, part.block)[
                 lanes.start : lanes.stop, part.start : part.stop
             ]
-            first = part.round * self.lanes * self.samples_per_lane + part.block * self.shuffle_block
+            first = part.round * self.lanes * self.samples_per_lane + self._block_start(part.block)
             places.append(first + first_of_lane + picked)
         return self._samples_at(torch.cat(places, dim=1).flatten())
 
@@ -126,7 +129,8 @@ class Order:
         slices = []
         while place < end:
             round_index, in_round = divmod(place, self.samples_per_lane)
-            block, start = divmod(in_round, self.shuffle_block)
+            block = ((in_round + 1) * self.num_blocks - 1) // self.samples_per_lane
+            start = in_round - self._block_start(block)
             stop = min(start + end - place, self._block_size(block))
             slices.append(BlockSlice(round_index, block, start, stop))
             place += stop - start
@@ -134,7 +138,7 @@ class Order:
 
     def block(self, lane: int, round_index: int, block: int) -> Block:
         """The runs that a block covers, and its permutation."""
-        first = (round_index * self.lanes + lane) * self.samples_per_lane + block * self.shuffle_block
+        first = (round_index * self.lanes + lane) * self.samples_per_lane + self._block_start(block)
         place, end = first, first + self._block_size(block)
         runs = []
         while place < end:
@@ -142,24 +146,32 @@ class Order:
             shards, ends = _epoch(self, epoch)
             turn = int(torch.searchsorted(ends, in_epoch, right=True))
             shard = int(shards[turn])
-            start = in_epoch - int(ends[turn]) + self.shard_sizes[shard]
-            stop = min(start + end - place, self.shard_sizes[shard])
+            num_samples = int(self.shard_sizes[shard])
+            start = in_epoch - int(ends[turn]) + num_samples
+            stop = min(start + end - place, num_samples)
             runs.append(Run(shard, start, stop, epoch))
             place += stop - start
         return Block(tuple(runs), _permutations(self, round_index, block)[lane])
 
+    def _block_start(self, block: int) -> int:
+        return block * self.samples_per_lane // self.num_blocks
+
     def _block_size(self, block: int) -> int:
-        return min(self.shuffle_block, self.samples_per_lane - block * self.shuffle_block)
+        return self._block_start(block + 1) - self._block_start(block)
 
     def _samples_at(self, places: Tensor) -> SampleRefs:
         """places: int64 (B,) positions in the endless sequence."""
-        epochs, in_epoch = places // self.num_samples, places % self.num_samples
-        sample_ids = torch.empty_like(places)
-        for epoch in sorted(set(epochs.tolist())):
-            chosen = epochs == epoch
+        first, last = (int(place) // self.num_samples for place in places.aminmax())
+        sample_ids, epochs = torch.empty_like(places), torch.empty_like(places)
+        for epoch in range(first, last + 1):
+            in_epoch = places - epoch * self.num_samples
             shards, ends = _epoch(self, epoch)
-            turns = torch.searchsorted(ends, in_epoch[chosen], right=True)
-            sample_ids[chosen] = _last_sample_ids(self)[shards[turns]] + in_epoch[chosen] - ends[turns]
+            turns = torch.searchsorted(ends, in_epoch, right=True).clamp_(max=len(ends) - 1)
+            found = _last_sample_ids(self)[shards[turns]] + in_epoch - ends[turns]
+            if first == last:
+                return SampleRefs(found, epochs.fill_(epoch))
+            chosen = (in_epoch >= 0) & (in_epoch < self.num_samples)
+            sample_ids[chosen], epochs[chosen] = found[chosen], epoch
         return SampleRefs(sample_ids, epochs)
 
 
@@ -170,23 +182,28 @@ def _multiples(value: int, of: int) -> str:
 
 @lru_cache(maxsize=8)
 def _num_samples(order: Order) -> int:
-    return sum(order.shard_sizes)
+    return int(order.shard_sizes.sum())
 
 
 @lru_cache(maxsize=8)
 def _last_sample_ids(order: Order) -> Tensor:
     """Sample id after each shard's last: int64 (shards,)"""
-    return torch.tensor(order.first_sample_ids) + torch.tensor(order.shard_sizes)
+    return order.first_sample_ids + order.shard_sizes
 
 
-@lru_cache(maxsize=16)
 def _epoch(order: Order, epoch: int) -> tuple[Tensor, Tensor]:
     """The shards of an epoch in reading order, and the position where each ends: two int64 (shards,)"""
-    shards = permutation(order.seed, epoch, 0, SHARD_STREAM, len(order.shard_sizes))
-    return shards, torch.tensor(order.shard_sizes)[shards].cumsum(dim=0)
+    found = order._epochs.get(epoch)
+    if found is None:
+        shards = permutation(order.seed, epoch, 0, SHARD_STREAM, len(order.shard_sizes))
+        found = shards, order.shard_sizes[shards].cumsum(dim=0)
+        for old in sorted(order._epochs)[: 1 - NUM_EPOCHS_KEPT]:
+            order._epochs.pop(old, None)
+        order._epochs[epoch] = found
+    return found
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _permutations(order: Order, round_index: int, block: int) -> Tensor:
     """The order within this block of every lane: int64 (lanes, n)"""
     keys = block * order.lanes + torch.arange(order.lanes)

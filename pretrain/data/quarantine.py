@@ -8,7 +8,10 @@ from pathlib import Path
 from threading import Lock
 
 from pretrain.data.reader import EncodedSample
+from pretrain.data.tar import safe_name
 from pretrain.errors import DataError
+
+CHECKSUM = "checksum"  # the reason where a sample's bytes are not those that were indexed
 
 
 class Quarantine:
@@ -46,7 +49,7 @@ class Quarantine:
                 where = f", listed in {self.path}" if self.path else ""
                 raise DataError(
                     f"{self.num_bad} samples do not decode{where}, {self.num_allowed} are allowed; the last "
-                    f"is {sample.key!r} in {sample.shard} at byte {sample.offset} ({reason}). "
+                    f"is {safe_name(sample.key)!r} in {sample.shard} at byte {sample.offset} ({reason}). "
                     "Repair the shards or raise data.max_bad_ratio"
                 )
 
@@ -57,7 +60,7 @@ class Quarantine:
             "sample_id": sample.sample_id,
             "shard": sample.shard,
             "offset": sample.offset,
-            "key": sample.key,
+            "key": safe_name(sample.key),
             "reason": reason,
         }
         # a full disk must not end a run for the sake of a note; the sample is counted all the same

@@ -1,187 +1,216 @@
-"""Encoded samples out of shards, each byte range checked against the manifest while it is read.
+"""Encoded samples out of shards: a run of samples is one read of one byte range, cut up by the index.
 
-Nothing is decoded, unpickled, unpacked to disk or run through a shell here: a run of samples is one read of
-one byte range, taken apart by webdataset's tar reader. A shard that does not hold what its index says is an
-error, where a plain tar reader would drop the rest without a word.
+Nothing is decoded, unpickled, unpacked to disk or run through a shell here. A shard that does not have the
+bytes its index says is an error at once. What is damaged inside a sample shows in the hash over the sample,
+which is compared where the image is decoded, by many threads: `EncodedSample.is_intact`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
-import json
-import os
-import tarfile
-import time
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from webdataset.tariterators import group_by_keys, tar_file_expander
+import xxhash
 
-from pretrain.data.manifest import Manifest, Shard
+from pretrain.data.columns import NO_LABEL, SampleColumns
+from pretrain.data.manifest import Shard, Split
 from pretrain.data.order import Run
-from pretrain.data.scan import END_MARKER_BYTES, IMAGE_EXTENSIONS
+from pretrain.data.scan import group
+from pretrain.data.storage import RangeFile, StorageConfig, StorageError, open_file
+from pretrain.data.tar import END_MARKER_BYTES, READ_BYTES, walk
 from pretrain.errors import DataError
 
-RETRY_SECONDS = (0.1, 1.0, 5.0)  # waits before a failed read is tried again
 SAMPLES_PER_READ = 256  # of a sequential pass
-_SENTINEL = "end-of-run"
-_SENTINEL_HEADER = tarfile.TarInfo(f"{_SENTINEL}.{_SENTINEL}").tobuf()
+NUM_GZIP_TRIES = 2  # a compressed stream that broke is opened once more
+
+OpenShard = Callable[[Shard], RangeFile]
 
 
 @dataclass(frozen=True)
 class EncodedSample:
     """One sample as it is stored."""
 
-    key: str
-    image: bytes
-    extension: str
+    stored: bytes = field(repr=False)  # all its members, tar headers included
+    image_begin: int  # in `stored`
+    image_bytes: int
+    hash: int  # XXH3 that `stored` should have
     label: int | None
     sample_id: int
     shard: str
     offset: int  # of the sample's first header, in the uncompressed tar
 
+    @property
+    def image(self) -> bytes:
+        return self.stored[self.image_begin : self.image_begin + self.image_bytes]
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether these are the bytes that were indexed."""
+        return xxhash.xxh3_64_intdigest(self.stored) == self.hash
+
+    @property
+    def key(self) -> str:
+        """The name of the sample, for people; '?' where damage makes it unreadable."""
+        with contextlib.suppress(StopIteration):
+            return next(group(walk(io.BytesIO(self.stored)), problems=[])).key
+        return "?"
+
 
 class ShardReader:
-    """Reads runs of samples; keeps the last shard open, so reading on costs no new open or decompression."""
+    """Reads runs of samples, each by one read of the storage.
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self.shards = shards
-        self._open: tuple[int, BinaryIO] | None = None
+    A plain tar is open only while it is read. A compressed one stays open, for it can only be read on.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        storage: StorageConfig | None = None,
+        open_shard: OpenShard | None = None,
+        first_sample_id: int = 0,  # added to the manifest's own sample ids
+    ) -> None:
+        self.split = split
+        self.first_sample_id = first_sample_id
+        self.open_shard = open_shard or (lambda shard: open_file(shard.location, storage or StorageConfig()))
+        self._columns: tuple[int, SampleColumns] | None = None
+        self._stream: tuple[int, _GzipStream] | None = None
 
     def read(self, runs: Sequence[Run]) -> list[EncodedSample]:
         """All samples of some runs, in order; an error if one is missing."""
         return [sample for run in runs for sample in self._read_run(run)]
 
     def close(self) -> None:
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
+        if self._stream is not None:
+            self._stream[1].close()
+            self._stream = None
 
     def _read_run(self, run: Run) -> list[EncodedSample]:
-        shard = self.shards[run.shard]
-        begin, end = int(shard.offsets[run.start]), int(shard.offsets[run.stop])
-        data = self._read_bytes(run.shard, begin, end)
+        shard = self.split.shard(run.shard)
+        samples = self._columns_of(shard).part(run.start, run.stop)
+        begin, end = int(samples.starts[0]), int(samples.starts[-1])
+        is_last = run.stop == shard.num_samples
+        data = self._read_bytes(shard, begin, end + END_MARKER_BYTES * is_last)
         if len(data) < end - begin:
             raise _mismatch(shard, f"it ends at byte {begin + len(data)}, before byte {end}")
-        if run.stop == shard.num_samples:
-            marker = self._read_bytes(run.shard, end, end + END_MARKER_BYTES)
-            if marker != bytes(END_MARKER_BYTES):
-                raise _mismatch(shard, f"no end-of-archive marker at byte {end}")
-        samples = _parse(shard, data)
-        if len(samples) != run.stop - run.start:
-            raise _mismatch(
-                shard, f"{len(samples)} samples where {run.stop - run.start} begin at byte {begin}"
-            )
+        if is_last and data[end - begin :] != bytes(END_MARKER_BYTES):
+            raise _mismatch(shard, f"no end-of-archive marker at byte {end}")
+        starts = (samples.starts - begin).tolist()
+        columns = zip(
+            samples.image_begins.tolist(),
+            samples.image_bytes.tolist(),
+            samples.hashes.tolist(),
+            samples.labels.tolist(),
+            strict=True,
+        )
+        first_sample_id = self.first_sample_id + shard.first_sample_id + run.start
         return [
-            _sample(shard, run.start + place, fields, int(shard.offsets[run.start + place]))
-            for place, fields in enumerate(samples)
+            EncodedSample(
+                stored=data[starts[place] : starts[place + 1]],
+                image_begin=image_begin,
+                image_bytes=image_bytes,
+                hash=hash_,
+                label=None if label == NO_LABEL else label,
+                sample_id=first_sample_id + place,
+                shard=shard.name,
+                offset=begin + starts[place],
+            )
+            for place, (image_begin, image_bytes, hash_, label) in enumerate(columns)
         ]
 
-    def _read_bytes(self, index: int, begin: int, end: int) -> bytes:
-        shard = self.shards[index]
-        for wait_seconds in (*RETRY_SECONDS, None):
+    def _columns_of(self, shard: Shard) -> SampleColumns:
+        if self._columns is None or self._columns[0] != shard.index:
+            self._columns = shard.index, self.split.samples(shard)
+        return self._columns[1]
+
+    def _read_bytes(self, shard: Shard, begin: int, end: int) -> bytes:
+        try:
+            if shard.name.endswith("gz"):
+                return self._read_compressed(shard, begin, end)
+            with contextlib.closing(self._open(shard)) as file:
+                return file.read(begin, end)
+        except (OSError, StorageError) as error:
+            raise DataError(f"{shard.location}: cannot be read ({error}); check the storage") from error
+
+    def _open(self, shard: Shard) -> RangeFile:
+        file = self.open_shard(shard)
+        if file.num_bytes != shard.num_bytes:
+            file.close()
+            raise _mismatch(shard, f"{file.num_bytes} bytes instead of {shard.num_bytes}")
+        return file
+
+    def _read_compressed(self, shard: Shard, begin: int, end: int) -> bytes:
+        for tries_left in reversed(range(NUM_GZIP_TRIES)):
             try:
-                if self._open is None or self._open[0] != index:
+                if self._stream is None or self._stream[0] != shard.index or self._stream[1].offset > begin:
                     self.close()
-                    self._open = index, open_shard(shard)
-                stream = self._open[1]
-                stream.seek(begin)
-                return stream.read(end - begin)
+                    self._stream = shard.index, _GzipStream(self._open(shard))
+                return self._stream[1].read(begin, end)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise _mismatch(shard, str(error)) from error
-            except OSError as error:
                 self.close()
-                if wait_seconds is None:
-                    reason = error.strerror or str(error)
-                    raise DataError(f"{shard.path}: cannot be read ({reason}); check the storage") from error
-                time.sleep(wait_seconds)
+                if not tries_left:
+                    raise _mismatch(shard, f"the compressed data: {error}") from error
         raise AssertionError("the last try returns or raises")
 
 
-def open_shard(shard: Shard) -> BinaryIO:
-    """The uncompressed bytes of a shard, seekable; the one place that knows how storage is opened."""
-    file = shard.path.open("rb", buffering=0)
-    num_bytes = os.fstat(file.fileno()).st_size
-    if num_bytes != shard.num_bytes:
-        file.close()
-        raise _mismatch(shard, f"{num_bytes} bytes instead of {shard.num_bytes}")
-    if shard.name.endswith("gz"):
-        return cast(BinaryIO, _OwningGzip(file))
-    return io.BufferedReader(file)
-
-
-def read_split(manifest: Manifest, split: str) -> Iterator[EncodedSample]:
+def read_split(
+    split: Split, storage: StorageConfig | None = None, first_sample_id: int = 0
+) -> Iterator[EncodedSample]:
     """All samples of a split once, in the order they are stored."""
-    shards = manifest.split(split).shards
-    reader = ShardReader(shards)
-    try:
-        for index, shard in enumerate(shards):
-            for start in range(0, shard.num_samples, SAMPLES_PER_READ):
-                stop = min(start + SAMPLES_PER_READ, shard.num_samples)
-                yield from reader.read([Run(index, start, stop, epoch=0)])
-    finally:
-        reader.close()
+    with contextlib.closing(ShardReader(split, storage, first_sample_id=first_sample_id)) as reader:
+        for place, num_samples in enumerate(split.shard_sizes.tolist()):
+            for start in range(0, num_samples, SAMPLES_PER_READ):
+                stop = min(start + SAMPLES_PER_READ, num_samples)
+                yield from reader.read([Run(place, start, stop, epoch=0)])
 
 
-class _OwningGzip(gzip.GzipFile):
-    """Decompresses a file, and closes it too. Seeking forward skips; seeking back starts from the front."""
+class _GzipStream:
+    """The uncompressed bytes of a shard, readable forwards."""
 
-    def __init__(self, file: io.FileIO) -> None:
-        super().__init__(fileobj=file, mode="rb")
+    def __init__(self, file: RangeFile) -> None:
         self._file = file
+        self._content = gzip.GzipFile(fileobj=io.BufferedReader(_Sequential(file), READ_BYTES), mode="rb")
+        self.offset = 0
+
+    def read(self, begin: int, end: int) -> bytes:
+        """From `begin`, which must not lie before what was read last, to `end` or the end of the data."""
+        while self.offset < begin:
+            skipped = len(self._content.read(min(begin - self.offset, READ_BYTES)))
+            if not skipped:
+                return b""
+            self.offset += skipped
+        data = self._content.read(end - begin)
+        self.offset += len(data)
+        return data
 
     def close(self) -> None:
-        super().close()
+        self._content.close()
         self._file.close()
 
 
-def _parse(shard: Shard, data: bytes) -> list[dict[str, Any]]:
-    """The samples in a stretch of a tar, as webdataset's dictionaries of bytes.
+class _Sequential(io.RawIOBase):
+    """A file of ranges as a stream."""
 
-    A last member of our own is appended: if the tar reader does not reach it, it gave up before.
-    """
-    stream = io.BytesIO(data + _SENTINEL_HEADER)
-    try:
-        members = tar_file_expander([{"url": shard.name, "stream": stream}], eof_value=None)
-        samples = list(group_by_keys(members))
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise _mismatch(shard, str(error.args[0])) from error
-    if not samples or samples.pop()["__key__"] != _SENTINEL:
-        raise _mismatch(shard, f"a damaged header after {len(samples)} samples")
-    return samples
+    def __init__(self, file: RangeFile) -> None:
+        self._file = file
+        self._place = 0
 
+    def readable(self) -> bool:
+        return True
 
-def _sample(shard: Shard, place: int, fields: dict[str, Any], offset: int) -> EncodedSample:
-    extension = next((name for name in IMAGE_EXTENSIONS if name in fields), None)
-    if extension is None:
-        raise _mismatch(shard, f"sample {fields['__key__']!r} at byte {offset} has no image")
-    return EncodedSample(
-        key=fields["__key__"],
-        image=fields[extension],
-        extension=extension,
-        label=_label(fields),
-        sample_id=shard.first_sample_id + place,
-        shard=shard.name,
-        offset=offset,
-    )
-
-
-def _label(fields: dict[str, Any]) -> int | None:
-    """The class index in `.cls` (ascii digits) or `.json` ({"label": int}); None where there is none."""
-    try:
-        if "cls" in fields:
-            return int(fields["cls"].decode("ascii"))
-        label = json.loads(fields["json"])["label"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None
-    return label if type(label) is int else None
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        end = min(self._place + len(buffer), self._file.num_bytes)
+        data = self._file.read(self._place, end)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
 
 
 def _mismatch(shard: Shard, problem: str) -> DataError:
     return DataError(
-        f"{shard.path}: does not hold what its index says ({problem}); restore the shard, "
-        f"or run `pretrain shards index {shard.path.parent}` if it was changed on purpose"
+        f"{shard.location}: does not hold what its index says ({problem}); restore the shard, or run "
+        "`pretrain shards index` on its folder if it was changed on purpose"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from pretrain.data.batch import NO_LABEL, Batch, DataConfig, crop_places, crop_sizes
 from pretrain.data.decode import BadImage, decode
-from pretrain.data.manifest import Manifest
-from pretrain.data.order import Order
-from pretrain.data.quarantine import Quarantine
+from pretrain.data.mixture import Mixture
+from pretrain.data.quarantine import CHECKSUM, Quarantine
 from pretrain.data.reader import EncodedSample, read_split
+from pretrain.data.storage import StorageConfig
 from pretrain.errors import DataError
 from pretrain.views.pixels import crop_resize
 from pretrain.views.plan import ViewConfig, crop_boxes
@@ -32,8 +33,7 @@ class ResidentBatches:
     def __init__(
         self,
         config: DataConfig,
-        manifest: Manifest,
-        order: Order,
+        mixture: Mixture,
         views: Sequence[ViewConfig],
         *,
         rank: int = 0,
@@ -42,14 +42,14 @@ class ResidentBatches:
         device: torch.device | str = "cpu",
         quarantine_path: Path | None = None,
     ) -> None:
-        order.lanes_of(rank, world_size)  # an impossible sharing is told before anything is read
+        mixture.lanes_of(rank, world_size)  # an impossible sharing is told before anything is read
         self.wait_seconds = 0.0
-        self.order, self.views = order, tuple(views)
+        self.mixture, self.views = mixture, tuple(views)
         self.rank, self.world_size, self.micro_step = rank, world_size, start_micro_step
         # every rank reads the whole split, and rank 0 alone records what is bad in it
         path = quarantine_path if rank == 0 else None
-        quarantine = Quarantine(path, order.num_samples, config.max_bad_ratio)
-        images, samples, is_good = _decode_split(config, manifest, quarantine, order.num_samples)
+        quarantine = Quarantine(path, mixture.num_samples, config.max_bad_ratio)
+        images, samples, is_good = _decode_all(config, mixture, quarantine)
         self.num_bad = quarantine.num_met if rank == 0 else 0
         labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
         self.images = torch.from_numpy(images).to(device)  # uint8 (N, H, W, 3)
@@ -62,7 +62,7 @@ class ResidentBatches:
 
     def __next__(self) -> Batch:
         begin = time.monotonic()
-        wanted = self.order.batch(self.micro_step, self.rank, self.world_size)
+        wanted = self.mixture.batch(self.micro_step, self.rank, self.world_size)
         self.micro_step += 1
         rows = self.shown[torch.searchsorted(self.sample_ids, wanted.sample_ids)]
         device = self.images.device
@@ -84,43 +84,54 @@ class ResidentBatches:
         for view_index, (view, (group, _)) in enumerate(
             zip(self.views, crop_places(self.views), strict=True)
         ):
-            boxes = crop_boxes(view, self.order.seed, epochs, sample_ids, view_index, heights, widths)
+            boxes = crop_boxes(view, self.mixture.seed, epochs, sample_ids, view_index, heights, widths)
             crops[group].append(crop_resize(images, boxes, view.size_px, view.interpolation))
         return tuple(torch.stack(views) for views in crops)
 
 
-def _decode_split(
-    config: DataConfig, manifest: Manifest, quarantine: Quarantine, num_samples: int
+def _decode_all(
+    config: DataConfig, mixture: Mixture, quarantine: Quarantine
 ) -> tuple[NDArray[np.uint8], list[EncodedSample], NDArray[np.bool_]]:
-    """All images of the split, uint8 (N, H, W, 3), its samples, and which of them decoded."""
+    """All images of all sources, uint8 (N, H, W, 3), their samples, and which of them decoded."""
     images: NDArray[np.uint8] | None = None
     samples: list[EncodedSample] = []
-    is_good = np.zeros(num_samples, dtype=np.bool_)
-    with ThreadPoolExecutor(config.decode_threads) as pool:
-        decoded = pool.map(_decode_sample, read_split(manifest, config.split))
+    is_good = np.zeros(mixture.num_samples, dtype=np.bool_)
+    storage = StorageConfig(timeout_seconds=config.timeout_seconds)
+    stored = (
+        sample
+        for source in mixture.sources
+        for sample in read_split(source.split, storage, source.first_sample_id)
+    )
+    names = ", ".join(str(source.split.manifest.folder) for source in mixture.sources)
+    with ThreadPoolExecutor(max(1, config.decode_threads)) as pool:
+        decoded = pool.map(lambda sample: _decode_sample(sample, config.max_pixels), stored)
         for row, (sample, pixels) in enumerate(decoded):
-            samples.append(sample)
+            samples.append(replace(sample, stored=b""))
             if isinstance(pixels, BadImage):
                 quarantine.add(sample, pixels.reason)
                 continue
             if images is None:
-                images = np.zeros((num_samples, *pixels.shape), dtype=np.uint8)
+                images = np.zeros((mixture.num_samples, *pixels.shape), dtype=np.uint8)
             if pixels.shape != images.shape[1:]:
                 raise DataError(
-                    f"{manifest.folder}: data.resident needs images of one size, but there are "
+                    f"{names}: data.resident needs images of one size, but there are "
                     f"{_size(images[0])} and {_size(pixels)} px ({sample.key!r} in {sample.shard}); "
                     "set data.resident: false"
                 )
             images[row] = pixels
             is_good[row] = True
     if images is None:
-        raise DataError(f"{manifest.folder}: no image of split '{config.split}' decodes; check the shards")
+        raise DataError(f"{names}: no image decodes; check the shards")
     return images, samples, is_good
 
 
-def _decode_sample(sample: EncodedSample) -> tuple[EncodedSample, NDArray[np.uint8] | BadImage]:
+def _decode_sample(
+    sample: EncodedSample, max_pixels: int
+) -> tuple[EncodedSample, NDArray[np.uint8] | BadImage]:
     try:
-        return sample, decode(sample.image)
+        if not sample.is_intact:
+            raise BadImage(CHECKSUM, "these are not the bytes that were indexed")
+        return sample, decode(sample.image, max_pixels=max_pixels)
     except BadImage as bad:
         return sample, bad
 

@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from pretrain.data.batch import Batch, DataConfig, crop_sizes, ring_bytes
+from pretrain.data.batch import Batch, crop_sizes, ring_bytes
 from pretrain.data.crop_writer import Ring
 from pretrain.data.worker import IGNORED_SIGNALS, Failure, Ready, Work, run
 from pretrain.errors import DataError, TrainingError
@@ -25,14 +25,14 @@ CLOSE_SECONDS = 5.0
 class StreamingBatches:
     """The trainer's end: takes finished batches by slot number and gives the slots back."""
 
-    def __init__(self, config: DataConfig, work: Work) -> None:
+    def __init__(self, work: Work) -> None:
         self.num_bad = 0
         self.wait_seconds = 0.0
         self._rank = work.rank
         self._micro_step = work.start_micro_step
         self._failure: Exception | None = None
         self._held: int | None = None  # the slot the trainer is using
-        self._ring = _make_ring(config, work)
+        self._ring = _make_ring(work)
         context = torch.multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self._loader: Connection = ours
@@ -61,6 +61,16 @@ class StreamingBatches:
         self._micro_step += 1
         sample_ids, epochs, labels = self._ring.numbers[slot].unbind()
         return Batch(tuple(crops[slot] for crops in self._ring.crops), sample_ids, epochs, labels)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next batch can be had without waiting."""
+        return self._failure is None and bool(self._loader.poll())
+
+    @property
+    def shared_tensors(self) -> tuple[Tensor, ...]:
+        """The memory that the batches lie in."""
+        return (*self._ring.crops, self._ring.numbers)
 
     def close(self) -> None:
         """End the loader process; safe to call twice."""
@@ -103,10 +113,10 @@ class StreamingBatches:
         )
 
 
-def _make_ring(config: DataConfig, work: Work) -> Ring:
-    num_slots = config.prefetch_batches + 1
-    local_batch_size = work.order.batch_size // work.world_size
-    needed = ring_bytes(config, work.views, local_batch_size)
+def _make_ring(work: Work) -> Ring:
+    num_slots = work.config.prefetch_batches + 1
+    local_batch_size = work.batch_size // work.world_size
+    needed = ring_bytes(work.config, work.views, local_batch_size)
     if SHARED_MEMORY.is_dir():
         status = os.statvfs(SHARED_MEMORY)
         if (free := status.f_bavail * status.f_frsize) < needed:

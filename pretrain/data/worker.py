@@ -9,18 +9,20 @@ import sys
 import threading
 import traceback
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 
+from pretrain.data.batch import DataConfig
 from pretrain.data.crop_writer import CropWriter, Ring
-from pretrain.data.lane import Lane, picks
+from pretrain.data.lane import Lane, open_lanes
 from pretrain.data.manifest import Split
-from pretrain.data.order import Order
 from pretrain.data.quarantine import Quarantine
+from pretrain.data.sources import mixture_of, open_shard
+from pretrain.data.storage import StorageConfig
 from pretrain.errors import UserError
 from pretrain.views.plan import ViewConfig
 
@@ -33,15 +35,15 @@ SWITCH_SECONDS = 0.0005  # a decoder needs the interpreter briefly and must not 
 class Work:
     """All that a loader process must know."""
 
-    split: Split
-    order: Order
+    config: DataConfig
+    splits: tuple[Split, ...]
     views: tuple[ViewConfig, ...]
+    seed: int
+    batch_size: int  # samples of one micro step over all ranks
     rank: int
     world_size: int
     start_micro_step: int
-    decode_threads: int
     quarantine_path: Path | None
-    max_bad_ratio: float
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,19 @@ def run(work: Work, ring: Ring, trainer: Connection) -> None:
         os._exit(0)  # without waiting for threads that may hang in a read
 
 
+def begin_work(work: Work, ring: Ring, threads: Executor) -> tuple[CropWriter, list[Lane]]:
+    """What fills the ring, and the lanes it takes samples from, already reading."""
+    config = work.config
+    mixture = mixture_of(config, work.splits, work.seed, work.batch_size)
+    quarantine = Quarantine(work.quarantine_path, mixture.num_samples, config.max_bad_ratio)
+    writer = CropWriter(ring, work.views, work.seed, threads, quarantine, config.max_pixels)
+    own = mixture.lanes_of(work.rank, work.world_size)
+    readers = ThreadPoolExecutor(NUM_READ_THREADS, "reader")
+    storage = StorageConfig(timeout_seconds=config.timeout_seconds)
+    lanes = open_lanes(mixture, own, work.start_micro_step, readers, storage, open_shard(config, storage))
+    return writer, lanes
+
+
 def _die_with_trainer() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -86,13 +101,7 @@ def _die_with_trainer() -> None:
 
 def _serve(work: Work, ring: Ring, trainer: Connection) -> None:
     """Fill free slots, batch after batch; while one is decoded, the next is already begun."""
-    quarantine = Quarantine(work.quarantine_path, work.split.num_samples, work.max_bad_ratio)
-    readers = ThreadPoolExecutor(NUM_READ_THREADS)
-    writer = CropWriter(ring, work.views, work.order.seed, work.decode_threads, quarantine)
-    lanes = [
-        Lane(work.order, work.split.shards, lane, work.start_micro_step, readers)
-        for lane in work.order.lanes_of(work.rank, work.world_size)
-    ]
+    writer, lanes = begin_work(work, ring, ThreadPoolExecutor(work.config.decode_threads))
     free = deque(range(ring.num_slots))
     begun: deque[tuple[int, list[Future[None]]]] = deque()
     micro_step = work.start_micro_step
@@ -105,10 +114,11 @@ def _serve(work: Work, ring: Ring, trainer: Connection) -> None:
         finished = begun and all(task.done() for task in begun[0][1])
         if free and len(begun) < 2 and not finished:
             slot = free.popleft()
-            begun.append((slot, writer.begin(slot, picks(work.order, lanes, micro_step))))
+            picks = [pick for lane in lanes for pick in lane.picks(micro_step)]
+            begun.append((slot, writer.begin(slot, picks)))
             micro_step += 1
         else:
             slot, tasks = begun.popleft()
             for task in tasks:
                 task.result()
-            trainer.send(Ready(slot, quarantine.num_met))
+            trainer.send(Ready(slot, writer.quarantine.num_met))

@@ -29,7 +29,7 @@ class LabelledSplit:
 
     def samples(self) -> Iterator[tuple[EncodedSample, int]]:
         """Every sample and its class, in the order they are stored."""
-        for sample in read_split(self.manifest, self.name):
+        for sample in read_split(self.manifest.split(self.name)):
             if sample.label is None:
                 raise DataError(
                     f"{sample.shard}: sample '{sample.key}' has no label; an evaluation needs labels"
@@ -51,9 +51,10 @@ def find_split(where: str | Path, role: Role) -> LabelledSplit:
     For `DIR` alone that is the usual name (train; test, else val), or the only split there is.
     """
     folder, asked = str(where), ""
-    if not Path(folder).is_dir() and ":" in folder:
+    if not Path(folder).is_dir() and ":" in folder.rpartition("/")[2]:
         folder, _, asked = folder.rpartition(":")
     manifest = Manifest.load(folder)
+    manifest.check_shards()
     if asked:
         return LabelledSplit(manifest, manifest.split(asked).name)
     names = manifest.split_names
@@ -79,6 +80,11 @@ def refuse_overlap(train: LabelledSplit, test: LabelledSplit) -> None:
 
 def decode_and_crop(sample: EncodedSample, crop: CentreCrop) -> Tensor:
     """Encoded image -> uint8 (3, size, size)"""
+    if not sample.is_intact:
+        raise DataError(
+            f"{sample.shard}: sample '{sample.key}' at byte {sample.offset} is not what was indexed; "
+            "restore the shard"
+        )
     try:
         return crop(decode(sample.image))
     except BadImage as error:

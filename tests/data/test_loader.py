@@ -20,8 +20,9 @@ from pydantic import ValidationError
 from small_shards import jpeg, make_shards, samples, write_shard
 from torch import Tensor
 
-from pretrain.data.loader import Batch, Batches, DataConfig, open_batches, order_of, pool_bytes
-from pretrain.data.manifest import Manifest, index_folder
+from pretrain.data.indexing import index_folder
+from pretrain.data.loader import Batch, Batches, DataConfig, mixture_of, open_batches, pool_bytes
+from pretrain.data.manifest import Manifest
 from pretrain.data.quarantine import Quarantine
 from pretrain.data.reader import read_split
 from pretrain.data.streaming import StreamingBatches
@@ -36,8 +37,8 @@ SETTINGS: dict[str, Any] = {"lanes": 4, "shuffle_block": 3}
 def batches(manifest: Manifest, **settings: Any) -> Iterator[Batches]:
     """Open batches of 8, with settings of the data or of the call."""
     call = {key: settings.pop(key) for key in list(settings) if key not in DataConfig.model_fields}
-    config = DataConfig(shards=manifest.folder, **SETTINGS | settings)
-    opened = open_batches(config, manifest, VIEWS, **{"seed": 3, "batch_size": 8} | call)
+    config = DataConfig(shards=str(manifest.folder), **SETTINGS | settings)
+    opened = open_batches(config, [manifest.split("train")], VIEWS, **{"seed": 3, "batch_size": 8} | call)
     try:
         yield opened
     finally:
@@ -77,7 +78,7 @@ def streamed(manifest: Manifest) -> list[Batch]:
 def test_a_stream_holds_the_samples_of_the_order_with_their_labels(
     manifest: Manifest, streamed: list[Batch]
 ) -> None:
-    order = order_of(DataConfig(shards=manifest.folder, **SETTINGS), manifest.split("train"), 3, 8)
+    order = mixture_of(DataConfig(shards="x", **SETTINGS), [manifest.split("train")], 3, 8)
     for micro_step, batch in enumerate(streamed):
         sample_ids, epochs = order.batch(micro_step)
         assert torch.equal(batch.sample_ids, sample_ids)
@@ -181,7 +182,7 @@ def test_bad_images_are_replaced_alike_everywhere_and_recorded_once(
     with batches(spoiled, **settings, quarantine_path=record) as opened:
         whole = [copy(next(opened)) for _ in range(8)]
         assert opened.num_bad == 3
-    order = order_of(DataConfig(shards=spoiled.folder, **SETTINGS), spoiled.split("train"), 3, 8)
+    order = mixture_of(DataConfig(shards="x", **SETTINGS), [spoiled.split("train")], 3, 8)
     for micro_step, batch in enumerate(whole):
         wanted = order.batch(micro_step).sample_ids
         is_bad = torch.isin(wanted, torch.tensor(list(BAD)))
@@ -197,13 +198,14 @@ def test_bad_images_are_replaced_alike_everywhere_and_recorded_once(
         (20, "1.tar", "000020", "unknown_format"),
     }
     assert all(
-        r["offset"] == int(spoiled.shards[r["sample_id"] // 13].offsets[r["sample_id"] % 13]) for r in records
+        r["offset"] == spoiled.samples(spoiled.shard(r["sample_id"] // 13)).starts[r["sample_id"] % 13]
+        for r in records
     )
 
 
 def test_a_restart_goes_on_counting_and_records_nothing_twice(manifest: Manifest, tmp_path: Path) -> None:
     record = tmp_path / "quarantine.jsonl"
-    bad = list(read_split(manifest, "train"))[:3]
+    bad = list(read_split(manifest.split("train")))[:3]
     first = Quarantine(record, num_samples=1000, max_bad_ratio=0.002)
     for sample in (bad[0], bad[1], bad[1]):
         first.add(sample, "damaged")
@@ -236,9 +238,32 @@ def test_one_bad_image_is_always_allowed(tmp_path: Path) -> None:
 
 def test_a_shard_damaged_during_the_run_ends_it_with_its_name(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path, [9, 7])
-    with manifest.shards[1].path.open("r+b") as file:
-        file.write(bytes(512))
-    with pytest.raises(DataError, match=r"train-1\.tar: does not hold what its index says"):
+    os.truncate(manifest.shard(1).path, 5000)
+    with pytest.raises(DataError, match=r"train-1\.tar: does not hold what its index .*5000 bytes instead"):
+        take(manifest, 8)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_rotten_sample_is_set_aside_though_its_image_still_decodes(tmp_path: Path, resident: bool) -> None:
+    manifest = make_shards(tmp_path, [9, 7])
+    shard = manifest.shard(1)
+    with shard.path.open("r+b") as file:
+        file.seek(int(manifest.samples(shard).starts[3]) + 5)
+        file.write(b"x")  # the name in a header: the image is whole, its key is not
+    record = tmp_path / "quarantine.jsonl"
+    with batches(manifest, resident=resident, quarantine_path=record) as opened:
+        seen = torch.cat([copy(next(opened)).sample_ids for _ in range(8)])
+    assert 12 not in seen
+    (line,) = map(json.loads, record.read_text().splitlines())
+    assert (line["sample_id"], line["shard"], line["reason"]) == (12, "train-1.tar", "checksum")
+    assert line["offset"] == manifest.samples(shard).starts[3]
+
+
+def test_a_shard_replaced_by_one_of_its_size_ends_the_run(tmp_path: Path) -> None:
+    manifest = make_shards(tmp_path, [9, 7])
+    path = manifest.shard(1).path
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(DataError, match=r"train-1\.tar"):
         take(manifest, 8)
 
 
@@ -286,14 +311,13 @@ def test_the_loader_ends_with_its_trainer(manifest: Manifest, tmp_path: Path) ->
     script.write_text(
         textwrap.dedent("""
             import sys, time
-            from pretrain.data.loader import DataConfig, open_batches
-            from pretrain.data.manifest import Manifest
+            from pretrain.data.loader import DataConfig, open_batches, open_splits
             from pretrain.views.plan import ViewConfig
 
             if __name__ == "__main__":
                 config = DataConfig(shards=sys.argv[1], lanes=4)
                 views = [ViewConfig(size_px=8)]
-                opened = open_batches(config, Manifest.load(sys.argv[1]), views, seed=0, batch_size=8)
+                opened = open_batches(config, open_splits(config), views, seed=0, batch_size=8)
                 next(opened)
                 print(opened._process.pid, flush=True)
                 if sys.argv[2] == "wait":
@@ -323,7 +347,7 @@ def test_settings_that_cannot_work_are_refused_before_any_process_starts(manifes
         pass
     for wrong in ({"lane": 3}, {"lanes": 0}, {"max_bad_ratio": 2.0}):
         with pytest.raises(ValidationError):
-            DataConfig(shards=manifest.folder, **wrong)
+            DataConfig(shards=str(manifest.folder), **wrong)
 
 
 def test_shared_memory_that_does_not_suffice_is_told_not_crashed_into(manifest: Manifest) -> None:
@@ -332,12 +356,14 @@ def test_shared_memory_that_does_not_suffice_is_told_not_crashed_into(manifest: 
 
 
 def test_the_pool_counts_two_blocks_of_every_lane(manifest: Manifest) -> None:
-    config = DataConfig(shards=manifest.folder, **SETTINGS)
     split = manifest.split("train")
+    config = DataConfig(shards="x", **SETTINGS)
+    mixture = mixture_of(config, [split], seed=0, batch_size=8)
     mean_bytes = split.stored_bytes / 26
-    assert pool_bytes(config, split, num_lanes=4) == pytest.approx(2 * 4 * 3 * mean_bytes, rel=0.01)
-    whole = DataConfig(shards=manifest.folder, lanes=2, shuffle_block=1000)
-    assert pool_bytes(whole, split, num_lanes=2) == pytest.approx(2 * split.stored_bytes, rel=0.01)
+    assert pool_bytes(config, mixture, num_lanes=4) == pytest.approx(2 * 4 * 3 * mean_bytes, rel=0.01)
+    whole = DataConfig(shards="x", lanes=2, shuffle_block=1000)
+    mixture = mixture_of(whole, [split], seed=0, batch_size=8)
+    assert pool_bytes(whole, mixture, num_lanes=2) == pytest.approx(2 * split.stored_bytes, rel=0.01)
 
 
 def test_crops_come_in_recipe_order_by_size(streamed: list[Batch]) -> None:

@@ -5,23 +5,27 @@ import os
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_shards import make_shards, real_data, samples, write_shard
 
-import pretrain.data.reader
-from pretrain.data.manifest import Manifest, index_folder
+from pretrain.data.indexing import index_folder
+from pretrain.data.manifest import Manifest
 from pretrain.data.order import Run
 from pretrain.data.reader import ShardReader, read_split
+from pretrain.data.storage import StorageConfig
 from pretrain.errors import DataError
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain.data.reader, "RETRY_SECONDS", (0.0,))
+@pytest.fixture(scope="module")
+def hurtable(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_shards(tmp_path_factory.mktemp("hurtable"), [4])
 
 
 def reader_of(manifest: Manifest) -> closing[ShardReader]:
-    return closing(ShardReader(manifest.shards))
+    return closing(ShardReader(manifest.split("train")))
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
@@ -56,12 +60,20 @@ def test_labels_come_from_cls_or_json_or_are_none(tmp_path: Path) -> None:
     ]
     write_shard(tmp_path / "0.tar", members)
     manifest = index_folder(tmp_path)
-    assert [sample.label for sample in read_split(manifest, "train")] == [None, 12, 7, None, None, None, None]
+    assert [sample.label for sample in read_split(manifest.split("train"))] == [
+        None,
+        12,
+        7,
+        None,
+        None,
+        None,
+        None,
+    ]
 
 
 def test_a_split_is_read_whole_and_in_order(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path, [300, 2], height=8, width=8)
-    assert [sample.sample_id for sample in read_split(manifest, "train")] == list(range(302))
+    assert [sample.sample_id for sample in read_split(manifest.split("train"))] == list(range(302))
 
 
 def hurt(manifest: Manifest, place: int, data: bytes) -> None:
@@ -71,66 +83,75 @@ def hurt(manifest: Manifest, place: int, data: bytes) -> None:
         file.write(data)
 
 
-@pytest.mark.parametrize(
-    ("sample", "shift", "data"),
-    [
-        (2, 0, bytes(512)),  # a header zeroed: reads as the end of the archive
-        (2, 5, b"\xff"),  # a header rotten
-        (3, -1024, bytes(512)),  # the header of the label before
-        (4, -1024, b"\xff"),  # the header of the last label
-        (4, 0, b"x"),  # the end marker
-        (4, 1023, b"x"),
-    ],
-)
-def test_damage_since_indexing_is_an_error_never_a_short_read(
-    tmp_path: Path, sample: int, shift: int, data: bytes
-) -> None:
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_changed_byte_shows_in_its_sample_and_in_no_other(hurtable: Manifest, data: st.DataObject) -> None:
+    shard = hurtable.shard(0)
+    starts = hurtable.samples(shard).starts
+    place = data.draw(st.integers(0, int(starts[-1]) - 1))
+    whole = shard.path.read_bytes()
+    hurt(hurtable, place, bytes([whole[place] ^ data.draw(st.integers(1, 255))]))
+    try:
+        read = list(read_split(hurtable.split("train")))
+    finally:
+        shard.path.write_bytes(whole)
+    rotten = [sample.sample_id for sample in read if not sample.is_intact]
+    assert rotten == [int(np.searchsorted(starts, place, side="right")) - 1]
+    assert len(read) == 4
+    assert all(isinstance(sample.key, str) for sample in read)
+
+
+@pytest.mark.parametrize("shift", [0, 1023])
+def test_a_damaged_end_marker_is_an_error(tmp_path: Path, shift: int) -> None:
     manifest = make_shards(tmp_path, [4])
-    hurt(manifest, int(manifest.shards[0].offsets[sample]) + shift, data)
-    problem = r"train-0\.tar: does not hold what its index says .* restore the shard"
+    hurt(manifest, int(manifest.samples(manifest.shard(0)).starts[4]) + shift, b"x")
+    problem = r"train-0\.tar: does not hold what its index says \(no end-of-archive marker at byte \d+\)"
     with reader_of(manifest) as reader, pytest.raises(DataError, match=problem):
         reader.read([Run(0, 0, 4, 0)])
 
 
-def test_a_run_that_starts_amid_a_member_is_an_error(tmp_path: Path) -> None:
+def test_a_shard_of_as_many_other_bytes_has_no_intact_sample(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path, [4])
-    manifest.shards[0].offsets.flags.writeable = True
-    manifest.shards[0].offsets[1:3] += 512
-    with reader_of(manifest) as reader, pytest.raises(DataError, match="does not hold what its index says"):
-        reader.read([Run(0, 1, 2, 0)])
+    numbers = range(4, 8)
+    path = manifest.shard(0).path
+    sizes = manifest.samples(manifest.shard(0)).image_bytes.tolist()
+    members = [
+        (f"{number:06d}.{kind}", bytes(size if kind == "jpg" else 1))
+        for number, size in zip(numbers, sizes, strict=True)
+        for kind in ("jpg", "cls")
+    ]
+    write_shard(path, members)
+    assert path.stat().st_size == manifest.shard(0).num_bytes
+    assert not any(sample.is_intact for sample in read_split(manifest.split("train")))
+
+
+def test_damaged_columns_of_the_index_are_an_error_where_they_are_used(tmp_path: Path) -> None:
+    make_shards(tmp_path, [4, 5])
+    data = bytearray((tmp_path / "index.safetensors").read_bytes())
+    labels = data.rindex(np.array([4, 5, 6, 7, 8], dtype="<i4").tobytes())
+    data[labels] ^= 1
+    (tmp_path / "index.safetensors").write_bytes(data)
+    manifest = Manifest.load(tmp_path)
+    with reader_of(manifest) as reader:
+        assert len(reader.read([Run(0, 0, 4, 0)])) == 4
+        with pytest.raises(DataError, match=r"damaged where it speaks of train-1\.tar; run `pretrain shards"):
+            reader.read([Run(1, 0, 1, 0)])
 
 
 def test_a_shard_that_shrinks_after_loading_is_an_error(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path, [4])
     with reader_of(manifest) as reader:
         reader.read([Run(0, 0, 1, 0)])
-        os.truncate(manifest.shards[0].path, int(manifest.shards[0].offsets[2]))
-        with pytest.raises(DataError, match="ends at byte"):
+        os.truncate(manifest.shard(0).path, int(manifest.samples(manifest.shard(0)).starts[2]))
+        with pytest.raises(DataError, match="bytes instead of"):
             reader.read([Run(0, 1, 3, 0)])
-    with reader_of(manifest) as reader, pytest.raises(DataError, match="bytes instead of"):
-        reader.read([Run(0, 0, 1, 0)])
 
 
 def test_a_shard_that_vanishes_is_an_error_that_names_it(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path, [2])
-    manifest.shards[0].path.unlink()
-    with pytest.raises(DataError, match=r"train-0\.tar: cannot be read \(No such file"):
-        list(read_split(manifest, "train"))
-
-
-def test_a_read_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = make_shards(tmp_path, [2])
-    opened, really_open = [], pretrain.data.reader.open_shard
-
-    def flaky(shard: pretrain.data.reader.Shard) -> object:
-        opened.append(shard.name)
-        if len(opened) == 1:
-            raise OSError(5, "Input/output error")
-        return really_open(shard)
-
-    monkeypatch.setattr(pretrain.data.reader, "open_shard", flaky)
-    assert len(list(read_split(manifest, "train"))) == 2
-    assert len(opened) == 2
+    manifest.shard(0).path.unlink()
+    with pytest.raises(DataError, match=r"train-0\.tar: cannot be read \(no such file"):
+        list(read_split(manifest.split("train"), StorageConfig(retry_seconds=(0.0,))))
 
 
 def test_rotten_compressed_bytes_are_an_error(tmp_path: Path) -> None:
@@ -142,7 +163,7 @@ def test_rotten_compressed_bytes_are_an_error(tmp_path: Path) -> None:
         bytes(byte ^ 0xFF for byte in manifest.shards[0].path.read_bytes()[middle : middle + 64]),
     )
     with pytest.raises(DataError, match="does not hold what its index says"):
-        list(read_split(manifest, "train"))
+        list(read_split(manifest.split("train")))
 
 
 def test_real_shards_give_every_label(tmp_path: Path) -> None:
@@ -152,7 +173,7 @@ def test_real_shards_give_every_label(tmp_path: Path) -> None:
         (tmp_path / "part" / name).symlink_to(folder / name)
     manifest = index_folder(tmp_path / "part")
     assert manifest.split_names == ("test", "train")
-    labels = [sample.label for sample in read_split(manifest, "test")]
+    labels = [sample.label for sample in read_split(manifest.split("test"))]
     assert len(labels) == 5000
     assert set(labels) == set(range(10))
     with gzip.open(folder / "cifar10-test-0001.tar.gz") as file:

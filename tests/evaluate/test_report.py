@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from run_folder import tiny_config, write_checkpoint
 
-from pretrain.data.manifest import index_folder
+from pretrain.data.indexing import index_folder
 from pretrain.errors import DataError, UserError
 from pretrain.evaluate.linear import LinearConfig
 from pretrain.evaluate.report import EvaluateConfig, results_folder, run_knn, run_linear, table, take_features

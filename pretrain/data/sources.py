@@ -1,0 +1,56 @@
+"""From settings to what is read: the splits they name, the mixture of them, and how a shard is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pretrain.data.batch import DataConfig
+from pretrain.data.cache import CacheConfig, ShardCache
+from pretrain.data.manifest import Manifest, Shard, Split
+from pretrain.data.mixture import Mixture, mix
+from pretrain.data.reader import OpenShard
+from pretrain.data.storage import RangeFile, StorageConfig, parse_location
+from pretrain.errors import ConfigError
+
+
+def open_splits(config: DataConfig) -> tuple[Split, ...]:
+    """The split of each source. Opens the indexes, looks at no shard."""
+    manifests: dict[str, Manifest] = {}
+    splits = []
+    for place, source in enumerate(config.all_sources):
+        where = f"data.sources[{place}].shards" if config.sources else "data.shards"
+        location = parse_location(source.shards, where)
+        manifest = manifests.setdefault(location.url, Manifest.load(location))
+        splits.append(manifest.split(source.split))
+    names = [(split.manifest.folder.url, split.name) for split in splits]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ConfigError(
+                f"data.sources[{place}]: split '{name[1]}' of {name[0]} is named twice; "
+                "give it a larger weight"
+            )
+    return tuple(splits)
+
+
+def mixture_of(config: DataConfig, splits: Sequence[Split], seed: int, batch_size: int) -> Mixture:
+    """The order in which the splits are read; `batch_size` counts one micro step over all ranks."""
+    return mix(
+        splits,
+        [source.weight for source in config.all_sources],
+        seed=seed,
+        lanes=config.lanes,
+        shuffle_block=config.shuffle_block,
+        batch_size=batch_size,
+    )
+
+
+def open_shard(config: DataConfig, storage: StorageConfig) -> OpenShard | None:
+    """Opens shards through the node's cache; None where there is none, and they are read where they lie."""
+    if config.cache is None:
+        return None
+    cache = ShardCache(CacheConfig(config.cache.folder, int(config.cache.max_gib * 2**30)), storage)
+
+    def opened(shard: Shard) -> RangeFile:
+        return cache.open(shard.location, shard.num_bytes, shard.sha256)
+
+    return opened
