@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,17 +190,31 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     )
 
 
-def check_identity(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse to continue a run whose data or model settings have changed; names what differs."""
-    differing = _differences(found, wanted)
+def check_identity(
+    folder: Path,
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    data_keys: Collection[str],
+    may_differ: bool,
+) -> bool:
+    """Refuse to continue a run whose data or model settings have changed; names what differs.
+
+    Those under `data_keys` alone may differ if the user has said so; tells whether they do.
+    """
+    of_data = _differences(
+        {key: found.get(key) for key in data_keys}, {key: wanted.get(key) for key in data_keys}
+    )
+    differing = [line for line in _differences(found, wanted) if not may_differ or line not in of_data]
     if differing:
         shown = "; ".join(differing)
         if len(shown) > 400:
             shown = shown[:400] + " ..."
         raise CheckpointError(
             f"{folder}: written by a run with other settings ({shown}); "
-            "restore them, or start anew with another --output-dir"
+            + ("" if len(of_data) < len(differing) else "--allow-new-data goes on with the new data; ")
+            + "restore them, or start anew with another --output-dir"
         )
+    return bool(of_data)
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pretrain import __version__
+from pretrain.data.build.arguments import add_arguments as build_arguments
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, TrainingError, UserError
 
 EXIT_CODES = "exit codes: 0 done, 2 wrong input (one line says what and the remedy), 1 anything else"
@@ -52,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="auto|none|PATH",
         help="auto: continue the run folder from its newest valid checkpoint; PATH: a checkpoint or a run",
     )
+    train.add_argument(
+        "--allow-new-data",
+        action="store_true",
+        help="resume though the shards have changed: read the new ones from their beginning",
+    )
     train.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
     train.add_argument(
         "--dry-run", action="store_true", help="check everything, print the layout, start nothing"
@@ -60,9 +66,35 @@ def _parser() -> argparse.ArgumentParser:
     shards = commands.add_parser("shards", help="work on folders of tar shards")
     actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
     index = actions.add_parser("index", help="write index.json for tar shards made by anyone")
-    index.add_argument("folder", type=Path, metavar="DIR")
+    index.add_argument("folder", metavar="DIR", help="a folder, or the address of one")
     index.add_argument(
         "--out", type=Path, metavar="DIR", help="where to write the index (default: beside the shards)"
+    )
+
+    build_arguments(
+        actions.add_parser("build", help="write shards from images, tars or tables", epilog=EXIT_CODES)
+    )
+    verify = actions.add_parser(
+        "verify", help="find everything that is wrong with a folder of shards", epilog=EXIT_CODES
+    )
+    verify.add_argument("folder", metavar="DIR", help="a folder, or the address of one")
+    verify.add_argument("--repair", type=Path, metavar="OUT", help="write clean shards into a new folder")
+    verify.add_argument("--out", type=Path, metavar="FILE", help="write all findings as JSON")
+    verify.add_argument("--no-decode", action="store_true", help="do not decode the images")
+    verify.add_argument("--workers", type=_positive, metavar="N", help="default: one per CPU core")
+    verify.add_argument("--lanes", type=_positive, metavar="N", help="is there enough for data.lanes=N?")
+    verify.add_argument("--world-size", type=_positive, default=1, metavar="N", help="ranks, with --lanes")
+    verify.add_argument("--split", default="train", metavar="NAME", help="of the run, with --lanes")
+
+    bench = actions.add_parser("bench", help="images/s of this machine, and the settings to use")
+    bench.add_argument("folder", metavar="DIR")
+    bench.add_argument("--split", default="train", metavar="NAME")
+    bench.add_argument("--view-px", type=_positive, default=224, metavar="PX")
+    bench.add_argument("--views", type=_positive, default=2, metavar="N")
+    bench.add_argument("--batch-size", type=_positive, default=64, metavar="N")
+    bench.add_argument("--seconds", type=float, default=4.0, metavar="S", help="for each setting")
+    bench.add_argument(
+        "--threads", type=_positive, nargs="+", metavar="N", help="default: 1, 2, 4, ... cores"
     )
 
     export = commands.add_parser("export", help="write the backbone as a folder that stock timm loads")
@@ -136,7 +168,7 @@ def _train(arguments: argparse.Namespace) -> int:
         logging.getLogger("pretrain").setLevel(logging.WARNING)  # rank 0 speaks; the others only warn
     config = load_config(arguments.config, arguments.overrides)
     output_dir = arguments.output_dir or Path("runs") / arguments.config.stem
-    request = Request(config, output_dir, arguments.resume)
+    request = Request(config, output_dir, arguments.resume, arguments.allow_new_data)
     num_processes = arguments.nproc
     if num_processes is not None and num_processes < 1:
         raise UserError(f"--nproc {num_processes}: at least one rank is needed")
@@ -154,7 +186,73 @@ def _train(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
 def _shards(arguments: argparse.Namespace) -> int:
+    return _SHARDS[arguments.action](arguments)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from pretrain.data.build.arguments import request_from
+    from pretrain.data.build.run import build_shards
+
+    build_shards(request_from(arguments), _say)
+    return EXIT_DONE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from pretrain.data.audit.repair import format_report, repair_folder
+    from pretrain.data.audit.verify import Layout, format_audit, verify_folder
+
+    settings: dict[str, Any] = {
+        "decode_images": not arguments.no_decode,
+        "num_workers": arguments.workers,
+        "report_progress": _tell_progress,
+    }
+    if arguments.repair:
+        _say(format_report(repair_folder(arguments.folder, arguments.repair, **settings)))
+        return EXIT_DONE
+    layout = Layout(arguments.lanes, arguments.world_size, split=arguments.split) if arguments.lanes else None
+    audit = verify_folder(arguments.folder, layout=layout, **settings)
+    if arguments.out:
+        arguments.out.write_text(audit.to_json(), encoding="utf-8")
+    _say(format_audit(audit))
+    return EXIT_USER_ERROR if audit.num_errors else EXIT_DONE
+
+
+def _tell_progress(num_done: int, num_shards: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{num_done} of {num_shards} shards", end="", file=sys.stderr, flush=True)  # noqa: T201
+        if num_done == num_shards:
+            print(file=sys.stderr)  # noqa: T201
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from pretrain.data.bench import BenchRequest, advice, measure
+
+    request = BenchRequest(
+        shards=arguments.folder,
+        split=arguments.split,
+        view_px=arguments.view_px,
+        num_views=arguments.views,
+        batch_size=arguments.batch_size,
+        seconds=arguments.seconds,
+        threads=tuple(arguments.threads or ()),
+    )
+    _say(advice(measure(request, _say)))
+    return EXIT_DONE
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201
+
+
+def _index(arguments: argparse.Namespace) -> int:
     from pretrain.data.indexing import index_folder
 
     manifest = index_folder(arguments.folder, arguments.out)
@@ -211,4 +309,5 @@ def _next_steps(run: Path, results: Path) -> str:
     return "\n" + "\n".join(lines)
 
 
+_SHARDS = {"build": _build, "index": _index, "verify": _verify, "bench": _bench}
 _COMMANDS = {"train": _train, "shards": _shards, "export": _export, "evaluate": _evaluate}

@@ -18,6 +18,9 @@ from pretrain.data.manifest import Split
 from pretrain.data.mixture import Mixture
 from pretrain.errors import CheckpointError, UserError
 
+# of an identity: what --allow-new-data lets a resumed run change
+DATA_KEYS = ("manifest_hash", "weights", "split", "lanes", "shuffle_block", "resident")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -26,6 +29,7 @@ class Request:
     config: RunConfig
     output_dir: Path
     resume: str  # "none", "auto", or the path of a checkpoint or run
+    allow_new_data: bool = False  # continue a run on other shards, from their beginning
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Inspected:
     sizes: build.Sizes
     num_steps: int
     resume_from: Path | None
+    data_start_step: int = 0  # the step at which these data began; not 0 where a run went on with new data
 
 
 def inspect(request: Request, place: cluster.Cluster) -> Inspected:
@@ -52,15 +57,24 @@ def inspect(request: Request, place: cluster.Cluster) -> Inspected:
         for manifest in {split.manifest for split in splits}:
             manifest.check_shards()
     resume_from = _find_checkpoint(request) if place.is_first else None
+    data_start_step = 0
     if resume_from is not None:
         found = json.loads((resume_from / checkpoint.STATE).read_text())
-        checkpoint.check_identity(resume_from, found.get("identity", {}), identity(config, splits))
+        is_new_data = checkpoint.check_identity(
+            resume_from,
+            found.get("identity", {}),
+            identity(config, splits),
+            DATA_KEYS,
+            request.allow_new_data,
+        )
+        data_start_step = int(found["step"] if is_new_data else found.get("data_start_step", 0))
     return Inspected(
         splits,
         mixture,
         build.sizes(config, place.world_size),
         build.num_steps(config, mixture.num_samples),
         resume_from,
+        data_start_step,
     )
 
 

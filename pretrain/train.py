@@ -57,7 +57,8 @@ def run(request: Request, place: cluster.Cluster) -> None:
 
 def _run(request: Request, inspected: Inspected, place: cluster.Cluster) -> None:
     config, run_dir, device = request.config, request.output_dir, place.device
-    inspected = replace(inspected, resume_from=cluster.from_first(inspected.resume_from))
+    resume_from, data_start_step = cluster.from_first((inspected.resume_from, inspected.data_start_step))
+    inspected = replace(inspected, resume_from=resume_from, data_start_step=data_start_step)
     logger.info(describe(request, inspected, place))
     peers = cluster.peers(place)
     saved = checkpoint.read_checkpoint(inspected.resume_from) if inspected.resume_from else None
@@ -70,7 +71,7 @@ def _run(request: Request, inspected: Inspected, place: cluster.Cluster) -> None
         batch_size=build.micro_step_batch(config),
         rank=place.rank,
         world_size=place.world_size,
-        start_micro_step=step * config.batch.accumulation_steps,
+        start_micro_step=(step - data_start_step) * config.batch.accumulation_steps,
         device=device,
         quarantine_path=run_dir / "quarantine.jsonl",
     )
@@ -85,6 +86,8 @@ def _run(request: Request, inspected: Inspected, place: cluster.Cluster) -> None
         if saved:
             restore_optimizer(engine, saved)
             logger.info("resumed from %s at step %d", saved.folder, step)
+            if data_start_step:
+                logger.info("these data began at step %d", data_start_step)
         elif request.resume == "auto":
             logger.info("nothing to resume in %s: starting at step 0", run_dir)
         meter = open_meter(request, inspected, place, step)
@@ -199,6 +202,7 @@ class Loop:
                 "world_size": self.place.world_size,
                 "registers": list(self.engine.module.layout.registers),
                 "identity": self.identity,
+                "data_start_step": self.inspected.data_start_step,
             }
             tensors: dict[str, Mapping[str, Tensor]] = {
                 checkpoint.STUDENT: student,

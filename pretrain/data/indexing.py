@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,16 @@ from safetensors.numpy import save_file
 
 from pretrain.data.columns import NO_LABEL, SampleColumns
 from pretrain.data.manifest import COLUMNS_NAME, FORMAT, INDEX_NAME, SAMPLE_COLUMNS, Manifest, shards_hash
+from pretrain.data.replacing import json_bytes, replacing, write_bytes
 from pretrain.data.scan import ShardScan, scan_shard
-from pretrain.data.storage import Location, list_names, parse_location, read_bytes
+from pretrain.data.side_by_side import side_by_side
+from pretrain.data.sizes_files import SPLITS, SizesFiles, write_sizes_files
+from pretrain.data.storage import Location, list_names, parse_location
 from pretrain.errors import DataError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
-SPLITS = {  # word in a file name -> split
-    "train": "train",
-    "test": "test",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "unlabeled": "unlabeled",
-    "unlabelled": "unlabeled",
-}
-INFO_NAME, SIZES_NAME, CLASSES_NAME = "_info.json", "sizes.json", "classes.txt"
+CLASSES_NAME = "classes.txt"
 NUM_NAMED_PROBLEMS = 20
-SMALL_SHARDS = 8  # fewer are scanned in threads: processes take a second to start
 
 
 @dataclass(frozen=True)
@@ -68,12 +60,12 @@ def index_folder(folder: Location | Path | str, out: Path | str | None = None) -
     if out is None and not root.is_local:
         raise DataError(f"{root}: cannot be written to; choose a local folder for the index with --out DIR")
     names = shard_names(root)
-    known = _SizesFiles.read(root)
+    known = SizesFiles.read(root, own_sizes_files(Path(out) if out else root.path))
     splits = [known.splits.get(name) or split_of(name) for name in names]
     scans = scan_all([root.join(name) for name in names])
     problems = [
         f"{name}: {_tell(scan)}" for name, scan in zip(names, scans, strict=True) if scan.problems
-    ] + known.disagreements(names, scans)
+    ] + known.disagreements({name: len(scan.samples) for name, scan in zip(names, scans, strict=True)})
     if problems:
         more = len(problems) - NUM_NAMED_PROBLEMS
         named = "; ".join(problems[:NUM_NAMED_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
@@ -108,9 +100,13 @@ def write_manifest(
         name: (sum(r.split == name for r in records), sum(r.num_samples for r in records if r.split == name))
         for name in split_names
     }
-    with _Replacing(folder / COLUMNS_NAME) as temporary:
+    with replacing(folder / COLUMNS_NAME) as temporary:
         save_file({f"shards.{name}": column for name, column in columns.items()} | samples, temporary)
         columns_sha256 = _sha256_of(temporary)
+    own: dict[str, str] = {}
+    if root.is_local and root.path.resolve() == folder.resolve():
+        shards = [(record.name, record.split, record.num_samples) for record in records]
+        own = write_sizes_files(folder, shards, own_sizes_files(folder))
     index = {
         "format": FORMAT,
         "shards_root": _relative(root, folder),
@@ -120,10 +116,9 @@ def write_manifest(
         "class_names": list(class_names),
         "shards_sha256": shards_hash(columns, split_names),
         "columns_sha256": columns_sha256,
+        "sizes_files_sha256": own,
     }
-    _write(folder / INDEX_NAME, index)
-    if root.is_local and root.path.resolve() == folder.resolve():
-        _write_sizes_files(folder, records, split_names)
+    write_bytes(folder / INDEX_NAME, json_bytes(index))
     manifest = Manifest.load(folder)
     manifest.check_shards()
     return manifest
@@ -131,14 +126,9 @@ def write_manifest(
 
 def scan_all(locations: Sequence[Location]) -> list[ShardScan]:
     """Scan shards side by side, in order."""
-    num_workers = min(len(os.sched_getaffinity(0)), len(locations))
-    pool: Executor
-    if len(locations) < SMALL_SHARDS or num_workers == 1:
-        pool = ThreadPoolExecutor(num_workers)
-    else:
-        pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("forkserver"))
-    with pool:
-        return list(pool.map(scan_shard, locations))
+    is_local = all(location.is_local for location in locations)
+    num_bytes = sum(location.path.stat().st_size for location in locations) if is_local else 0
+    return list(side_by_side(scan_shard, locations, len(locations), num_bytes, None))
 
 
 def shard_names(folder: Location) -> list[str]:
@@ -154,7 +144,14 @@ def shard_names(folder: Location) -> list[str]:
         if stem in by_stem:
             raise DataError(f"{folder}: {by_stem[stem]} and {name} hold the same shard; remove one of them")
         by_stem[stem] = name
-    return sorted(names, key=_natural_key)
+    return sorted(names, key=natural_key)
+
+
+def own_sizes_files(folder: Path) -> dict[str, str]:
+    """sha256 of the sizes files that an earlier index in this folder wrote."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads((folder / INDEX_NAME).read_bytes())["sizes_files_sha256"])
+    return {}
 
 
 def split_of(name: str) -> str:
@@ -168,74 +165,6 @@ def class_names(folder: Location) -> list[str]:
         return []
     lines = (folder.path / CLASSES_NAME).read_text(encoding="utf-8").splitlines()
     return [line.split("\t")[-1].strip() for line in lines if line.strip()]
-
-
-@dataclass(frozen=True)
-class _SizesFiles:
-    """What `_info.json` (timm) and `sizes.json` (webdataset, OpenCLIP) say, if they are there."""
-
-    splits: dict[str, str]  # shard name -> split
-    sizes: dict[str, dict[str, int]]  # file -> shard name -> samples
-
-    @classmethod
-    def read(cls, folder: Location) -> _SizesFiles:
-        splits: dict[str, str] = {}
-        sizes: dict[str, dict[str, int]] = {}
-        if (listed := _read_json(folder, SIZES_NAME)) is not None:
-            sizes[SIZES_NAME] = {Path(name).name: size for name, size in listed.items() if _is_count(size)}
-        described = (_read_json(folder, INFO_NAME) or {}).get("splits")
-        for split, entry in described.items() if isinstance(described, dict) else ():
-            names, lengths = entry.get("filenames"), entry.get("shard_lengths")
-            if isinstance(names, list):
-                base_names = [Path(str(name)).name for name in names]
-                splits.update((name, SPLITS.get(split, str(split))) for name in base_names)
-                if isinstance(lengths, list) and len(lengths) == len(names):
-                    sizes.setdefault(INFO_NAME, {}).update(zip(base_names, lengths, strict=True))
-        return cls(splits, sizes)
-
-    def disagreements(self, names: Sequence[str], scans: Sequence[ShardScan]) -> list[str]:
-        found = {name: len(scan.samples) for name, scan in zip(names, scans, strict=True)}
-        return [
-            f"{file} counts {size} samples in {name}, there are {found.get(name, 'no such shard')}: "
-            f"restore the shard, or remove {file} if it is out of date"
-            for file, sizes in self.sizes.items()
-            for name, size in sizes.items()
-            if found.get(name) != size
-        ]
-
-
-def _read_json(folder: Location, name: str) -> dict[str, Any] | None:
-    if not folder.is_local or not (folder.path / name).is_file():
-        return None
-    try:
-        value = json.loads(read_bytes(folder.join(name)))
-    except ValueError as error:
-        raise DataError(f"{folder.join(name)}: is not JSON ({error}); mend or remove it") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{folder.join(name)}: is not an object; mend or remove it")
-    return value
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _write_sizes_files(folder: Path, records: Sequence[ShardRecord], split_names: Sequence[str]) -> None:
-    """Beside the shards, for timm (`_info.json`) and webdataset (`sizes.json`); files of others are left."""
-    splits = {
-        split: {
-            "name": split,
-            "num_samples": sum(record.num_samples for record in records if record.split == split),
-            "filenames": [record.name for record in records if record.split == split],
-            "shard_lengths": [record.num_samples for record in records if record.split == split],
-            "alt_label": None,
-        }
-        for split in split_names
-    }
-    sizes = {record.name: record.num_samples for record in records}
-    for name, value in ((INFO_NAME, {"splits": splits}), (SIZES_NAME, sizes)):
-        if not (folder / name).exists():
-            _write(folder / name, value)
 
 
 def _record(location: Location, name: str, split: str, scan: ShardScan) -> ShardRecord:
@@ -265,7 +194,7 @@ def _shard_columns(records: Sequence[ShardRecord], split_names: tuple[str, ...])
     }
 
 
-def _natural_key(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key under which shard-2 comes before shard-10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split("([0-9]+)", name)]
 
@@ -284,40 +213,8 @@ def _sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(path: Path, value: object) -> None:
-    with _Replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
-
-
-class _Replacing:
-    """A temporary file that takes a path's place when it is complete, and leaves nothing otherwise."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if error is None:
-            try:
-                with self.temporary.open("rb") as file:
-                    os.fchmod(file.fileno(), 0o644)  # safetensors writes for its owner alone
-                    os.fsync(file.fileno())
-                self.temporary.replace(self.path)
-                return
-            except OSError as failed:
-                error = failed
-        self.temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise DataError(
-                f"{self.path}: cannot write the index ({error.strerror}); choose a writable folder with --out"
-            ) from error

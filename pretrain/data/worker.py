@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections import deque
@@ -28,7 +27,6 @@ from pretrain.views.plan import ViewConfig
 
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 NUM_READ_THREADS = 8
-SWITCH_SECONDS = 0.0005  # a decoder needs the interpreter briefly and must not queue behind a tar parser
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,6 @@ def run(work: Work, ring: Ring, trainer: Connection) -> None:
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the trainer decides when to stop
     threading.Thread(target=_die_with_trainer, daemon=True).start()
-    sys.setswitchinterval(SWITCH_SECONDS)
     torch.set_num_threads(1)
     try:
         _serve(work, ring, trainer)

@@ -21,7 +21,8 @@ from pretrain.data.build.sources import find_source
 from pretrain.data.build.sources.source import Source
 from pretrain.data.build.work_folder import REJECTED_NAME, WorkFolder, stamps
 from pretrain.data.decode import BadImage
-from pretrain.data.indexing import SPLITS, split_of, write_manifest
+from pretrain.data.indexing import split_of, write_manifest
+from pretrain.data.sizes_files import SPLITS
 from pretrain.errors import DataError
 
 GIB = 1 << 30

@@ -7,10 +7,8 @@ its note in `.build/done` say that it is finished. The bytes follow from the pla
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +19,8 @@ from pretrain.data.build.listing import Listing
 from pretrain.data.build.sample_members import members_of, read_sample
 from pretrain.data.decode import BadImage
 from pretrain.data.indexing import ShardRecord, record_shard
+from pretrain.data.tar_writer import TarWriter
 from pretrain.errors import DataError
-
-_WRITE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def _write_shard(
     rejected: list[dict[str, str]] = []
     temporary = _temporary(path)
     try:
-        with _TarFile(temporary) as tar:
+        with TarWriter(temporary) as tar:
             for place, index in _items(settings, plan, split.num_items):
                 sample = read_sample(listing, split.first + index, settings.keep, settings.labels)
                 source_image_bytes += len(sample.image)
@@ -138,39 +135,6 @@ def _items(settings: WriteSettings, plan: ShardPlan, num_items: int) -> Iterator
         return zip(places, places, strict=True)
     indices = shuffled_places(settings.seed, plan.split_number, plan.first, plan.stop, num_items)
     return zip(places, indices.tolist(), strict=True)
-
-
-class _TarFile:
-    """A plain USTAR archive, hashed as it is written; nothing in it depends on who writes it, or when."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=_WRITE_BYTES)
-        self._num_bytes = 0
-        self.digest = hashlib.sha256()
-
-    def add(self, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)  # mtime, uid and gid are 0, mode is 0644, owners are empty
-        info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        self._write(data)
-        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
-
-    def finish(self) -> None:
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self._num_bytes % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self.digest.update(data)
-        self._num_bytes += len(data)
-
-    def __enter__(self) -> _TarFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 def _read_note(path: Path) -> ShardNote | None:

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from small_shards import jpeg
 
-from pretrain.data.build import BuildRequest, BuildResult, build_shards
+from pretrain.data.build.run import build_shards
+from pretrain.data.build.settings import BuildRequest, BuildResult
 from pretrain.data.manifest import Manifest
 
 

@@ -63,7 +63,8 @@ def test_the_seed_alone_moves_the_samples_and_no_shuffle_keeps_the_order(tmp_pat
 KILLED_BUILD = """
 import sys
 from pathlib import Path
-from pretrain.data.build import BuildRequest, build_shards
+from pretrain.data.build.run import build_shards
+from pretrain.data.build.settings import BuildRequest
 if __name__ == "__main__":
     request = BuildRequest(
         sys.argv[1], Path(sys.argv[2]), name="set", samples_per_shard=1, max_side_px=100, num_workers=2
@@ -102,7 +103,8 @@ def test_a_build_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path) 
 DYING_BUILDS = """
 import os, signal, sys
 from pathlib import Path
-from pretrain.data.build import BuildRequest, build_shards
+from pretrain.data.build.run import build_shards
+from pretrain.data.build.settings import BuildRequest
 
 def dying(call):
     def counted(*arguments, **keywords):
