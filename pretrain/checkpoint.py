@@ -194,8 +194,8 @@ def check_identity(
     folder: Path,
     found: Mapping[str, Any],
     wanted: Mapping[str, Any],
-    data_keys: Collection[str],
-    may_differ: bool,
+    data_keys: Collection[str] = (),
+    may_differ: bool = False,
 ) -> bool:
     """Refuse to continue a run whose data or model settings have changed; names what differs.
 

@@ -13,9 +13,10 @@ from typing import Any
 from pretrain import build, checkpoint, cluster
 from pretrain.check import check
 from pretrain.config import RunConfig
-from pretrain.data.loader import mixture_of, open_splits, pool_bytes
+from pretrain.data.loader import mixture_of, open_splits, pool_bytes, ring_bytes
 from pretrain.data.manifest import Split
 from pretrain.data.mixture import Mixture
+from pretrain.data.streaming import check_shared_memory
 from pretrain.errors import CheckpointError, UserError
 
 # of an identity: what --allow-new-data lets a resumed run change
@@ -56,6 +57,10 @@ def inspect(request: Request, place: cluster.Cluster) -> Inspected:
     if place.is_first:  # a million shards are looked at once, not once a rank
         for manifest in {split.manifest for split in splits}:
             manifest.check_shards()
+    per = build.sizes(config, place.world_size)
+    if not config.data.resident and config.data.decode_threads:
+        of_a_rank = ring_bytes(config.data, list(config.views.values()), per.micro_batch)
+        check_shared_memory(place.local_world_size * of_a_rank)
     resume_from = _find_checkpoint(request) if place.is_first else None
     data_start_step = 0
     if resume_from is not None:
@@ -71,7 +76,7 @@ def inspect(request: Request, place: cluster.Cluster) -> Inspected:
     return Inspected(
         splits,
         mixture,
-        build.sizes(config, place.world_size),
+        per,
         build.num_steps(config, mixture.num_samples),
         resume_from,
         data_start_step,

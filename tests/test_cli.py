@@ -96,6 +96,8 @@ def test_a_split_or_lanes_that_the_data_cannot_give_are_told(
 ) -> None:
     path = config_for(shards, tmp_path)
     assert "no split 'trian'; did you mean 'train'?" in refusal(capsys, "train", path, "data.split=trian")
+    too_much = refusal(capsys, "train", path, "data.prefetch_batches=1000000000", "--dry-run")
+    assert "MiB of shared memory" in too_much
     assert "use 24 or fewer" in refusal(capsys, "train", path, "data.lanes=32", "batch.global_size=64")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,3 +276,29 @@ def test_a_finished_run_has_nothing_left_to_do(config: Path, tmp_path: Path) -> 
     before = samples_seen(run)
     assert train_here(config, run, "--resume", "auto") == 0
     assert samples_seen(run) == before
+
+
+def test_a_run_goes_on_with_new_data_only_when_told_and_from_their_beginning(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    write_shard(folder / "images.tar", samples(500, 33, height=32, width=32))
+    index_folder(folder)
+    run, broken = tmp_path / "run", tmp_path / "broken"
+    assert train_here(config, run, "schedule.steps=4") == 0
+    shutil.copytree(run, broken)
+    new_data = ("--resume", "auto", f"data.shards={folder}")
+    assert train_here(config, run, *new_data) == 2
+    assert "manifest_hash: was" in (told := capsys.readouterr().err)
+    assert "--allow-new-data goes on with the new data" in told
+    assert train_here(config, run, *new_data, "seed=9", "--allow-new-data") == 2
+    assert "seed: was" in capsys.readouterr().err
+
+    assert train_here(config, run, *new_data, "--allow-new-data") == 0
+    state = json.loads((last_checkpoint(run) / checkpoint.STATE).read_text())
+    assert (state["step"], state["data_start_step"]) == (10, 4)
+    # stopped on the new data, it goes on where it was without being told again
+    assert train_here(config, broken, *new_data, "--allow-new-data", "schedule.steps=8") == 0
+    assert train_here(config, broken, *new_data, "schedule.steps=10") == 0
+    assert samples_seen(broken) == samples_seen(run)

@@ -113,17 +113,24 @@ class StreamingBatches:
         )
 
 
+def check_shared_memory(needed_bytes: int) -> None:
+    """Raises DataError where the batches of a node would not fit: writing to them would crash."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    status = os.statvfs(SHARED_MEMORY)
+    if (free := status.f_bavail * status.f_frsize) < needed_bytes:
+        raise DataError(
+            f"{SHARED_MEMORY}: the batches need {needed_bytes / 2**20:.0f} MiB of shared memory, "
+            f"{free / 2**20:.0f} MiB are free; lower data.prefetch_batches or mount it larger (for docker: "
+            "--shm-size)"
+        )
+
+
 def _make_ring(work: Work) -> Ring:
     num_slots = work.config.prefetch_batches + 1
     local_batch_size = work.batch_size // work.world_size
     needed = ring_bytes(work.config, work.views, local_batch_size)
-    if SHARED_MEMORY.is_dir():
-        status = os.statvfs(SHARED_MEMORY)
-        if (free := status.f_bavail * status.f_frsize) < needed:
-            raise DataError(
-                f"{SHARED_MEMORY}: the batches of rank {work.rank} need {needed / 2**20:.0f} MiB of shared "
-                f"memory, {free / 2**20:.0f} MiB are free; lower data.prefetch_batches or mount it larger"
-            )
+    check_shared_memory(needed)
     sizes = [view.size_px for view in work.views]
     crops = tuple(
         _shared((num_slots, sizes.count(size), local_batch_size, size, size, 3), torch.uint8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import traceback
@@ -66,6 +68,7 @@ def run(work: Work, ring: Ring, trainer: Connection) -> None:
         signal.signal(number, signal.SIG_IGN)  # the trainer decides when to stop
     threading.Thread(target=_die_with_trainer, daemon=True).start()
     torch.set_num_threads(1)
+    _allow_many_files()
     try:
         _serve(work, ring, trainer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -94,6 +97,13 @@ def _die_with_trainer() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os._exit(1)
+
+
+def _allow_many_files() -> None:
+    """As many as the machine lets us: a compressed shard stays open, one for each lane."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _serve(work: Work, ring: Ring, trainer: Connection) -> None:
