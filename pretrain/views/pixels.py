@@ -17,8 +17,8 @@ from pretrain.views.plan import JitterPlan, ViewPlan
 
 Interpolation = Literal["bilinear", "bicubic"]
 _CUBIC = -0.5  # Keys' a, as Pillow and torch use it when antialiasing
-_GRAY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
-_CONTRAST, _SATURATION, _HUE = 1, 2, 3  # positions in JitterPlan.factors; brightness is 0
+GRAY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
+_CONTRAST, _SATURATION, HUE = 1, 2, 3  # positions in JitterPlan.factors; brightness is 0
 
 
 def _per_sample(values: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def quarter_turn(images: Tensor, turns: Tensor) -> Tensor:
 def _luma(images: Tensor) -> Tensor:
     """(M, 3, H, W) -> (M, 1, H, W)"""
     red, green, blue = images[:, :1], images[:, 1:2], images[:, 2:]
-    return (red * _GRAY[0]).add(green, alpha=_GRAY[1]).add(blue, alpha=_GRAY[2])
+    return (red * GRAY[0]).add(green, alpha=GRAY[1]).add(blue, alpha=GRAY[2])
 
 
 def to_gray(images: Tensor) -> Tensor:
@@ -164,11 +164,11 @@ def color_jitter(images: Tensor, plan: JitterPlan) -> Tensor:
     The three blends share a formula, so three passes in the order of the plan serve all images. The hue,
     which costs more, is computed once: blends before it in an image's order are done before, others after.
     """
-    hue_last = torch.argsort((plan.order == _HUE).to(torch.int8), dim=1, stable=True)
+    hue_last = torch.argsort((plan.order == HUE).to(torch.int8), dim=1, stable=True)
     blends = plan.order.gather(1, hue_last)[:, :3]  # (M, 3): the order without the hue
-    hue_place = (plan.order == _HUE).to(torch.int8).argmax(dim=1)  # (M,): blends that come before the hue
+    hue_place = (plan.order == HUE).to(torch.int8).argmax(dim=1)  # (M,): blends that come before the hue
     factors = torch.where(plan.apply.unsqueeze(1), plan.factors.gather(1, blends), 1.0)
-    turns = torch.where(plan.apply, plan.factors[:, _HUE], 0.0)
+    turns = torch.where(plan.apply, plan.factors[:, HUE], 0.0)
     for i in range(3):
         images = _blend(images, blends[:, i], torch.where(hue_place > i, factors[:, i], 1.0))
     images = torch.where(_per_sample(turns != 0), shift_hue(images, turns), images)

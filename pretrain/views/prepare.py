@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pretrain.views import pixels, pixels_cpu
 from pretrain.views.corrupt import corrupt
-from pretrain.views.pixels import normalize, render
 from pretrain.views.plan import PatchConfig, ViewConfig, ViewPlan, draw_view_plan
 
 
@@ -37,7 +37,15 @@ class Inputs:
 def prepare(recipe: Recipe, seed: int, crops: Tensor, epochs: Tensor, sample_ids: Tensor) -> Inputs:
     """crops: uint8 (V, B, S, S, 3); epochs and sample_ids: int64 (B,); all on one device."""
     plan = draw_view_plan(recipe.views, recipe.patches, seed, epochs, sample_ids)
-    clean = render(crops.flatten(0, 1), plan, blur=any(view.blur.prob > 0 for view in recipe.views))
-    blank = torch.tensor(recipe.mean, device=crops.device) if recipe.blank_inpainting else None
-    shown = corrupt(clean, plan, recipe.patches.patch_px, blank)
+    flat = crops.flatten(0, 1)
+    on_cpu = crops.device.type == "cpu"
+    if on_cpu:
+        clean = pixels_cpu.render(flat, plan)
+    else:
+        clean = pixels.render(flat, plan, blur=any(view.blur.prob > 0 for view in recipe.views))
+    shown = clean
+    if recipe.patches.total and recipe.views[0].corrupt:
+        blank = torch.tensor(recipe.mean, device=crops.device) if recipe.blank_inpainting else None
+        shown = corrupt(clean, plan, recipe.patches.patch_px, blank)
+    normalize = pixels_cpu.normalize if on_cpu else pixels.normalize
     return Inputs(normalize(shown, recipe.mean, recipe.std), clean, plan)
