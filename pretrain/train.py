@@ -143,7 +143,8 @@ class Loop:
         lr = self.lr(step)
         output = self.engine.train_step(inputs, lr, tally)
         values = {**output.values, "grad_norm": output.grad_norm, "lr": lr}
-        values["samples"], values["bad_samples"] = values.pop("extra/0"), values.pop("extra/1")
+        for place, name in enumerate(("samples", "bad_samples", "storage_retries")):
+            values[name] = values.pop(f"extra/{place}")
         values["backbone_calls"] = float(self.engine.module.num_backbone_calls)
         if self.teacher and self.momentum and not output.skipped:
             values["momentum"] = self.momentum(step)
@@ -173,8 +174,9 @@ class Loop:
                 yield prepare(self.recipe, self.config.seed, batch.crops[0].to(device), epochs, ids)
 
         def tally() -> Tensor:
-            bad = torch.tensor(float(self.batches.num_bad), dtype=torch.float64)
-            return torch.stack([torch.stack(digests).sum().to(device), bad.to(device)])
+            counts = [float(self.batches.num_bad), float(self.batches.num_retries)]
+            counted = torch.tensor(counts, dtype=torch.float64, device=device)
+            return torch.cat([torch.stack(digests).sum().to(device).unsqueeze(0), counted])
 
         return generate(), tally
 

@@ -93,7 +93,11 @@ class Batches(Protocol):
 
     @property
     def num_bad(self) -> int:
-        """Distinct samples that did not decode."""
+        """Distinct samples that could not be used."""
+
+    @property
+    def num_retries(self) -> int:
+        """Reads from storage that were tried again."""
 
     @property
     def wait_seconds(self) -> float:

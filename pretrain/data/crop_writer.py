@@ -19,7 +19,7 @@ from pretrain.data.reader import EncodedSample
 from pretrain.errors import DataError
 from pretrain.views.plan import ViewConfig, crop_boxes
 
-MAX_IMAGES_PER_TASK = 8  # handing over a task costs as much as a crop of a small image
+MAX_IMAGES_PER_TASK = 16  # handing over a task costs as much as a crop of a small image
 MIN_TASKS = 16  # of a batch, so that many threads share a small one
 Boxes = list[Sequence[int]]  # of one image, per view: top, left, height, width
 

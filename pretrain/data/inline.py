@@ -11,7 +11,7 @@ import torch
 
 from pretrain.data.batch import Batch, crop_sizes
 from pretrain.data.crop_writer import Ring
-from pretrain.data.worker import Work, begin_work
+from pretrain.data.worker import Retries, Work, begin_work
 
 T = TypeVar("T")
 
@@ -24,6 +24,7 @@ class InlineBatches:
     def __init__(self, work: Work) -> None:
         self.wait_seconds = 0.0
         self._micro_step = work.start_micro_step
+        self._retries = Retries()
         local_batch_size = work.batch_size // work.world_size
         sizes = [view.size_px for view in work.views]
         crops = tuple(
@@ -31,7 +32,7 @@ class InlineBatches:
             for size in crop_sizes(work.views)
         )
         self._ring = Ring(crops, torch.empty((1, 3, local_batch_size), dtype=torch.int64))
-        self._writer, self._lanes = begin_work(work, self._ring, _Here())
+        self._writer, self._lanes = begin_work(work, self._ring, _Here(), self._retries)
 
     def __iter__(self) -> InlineBatches:
         return self
@@ -49,6 +50,10 @@ class InlineBatches:
     @property
     def num_bad(self) -> int:
         return self._writer.quarantine.num_met
+
+    @property
+    def num_retries(self) -> int:
+        return self._retries.num
 
     def close(self) -> None:
         """Let the reads in progress come to their end, and close what they read."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pretrain.data.mixture import Mixture
 from pretrain.data.order import Order
 from pretrain.data.reader import EncodedSample, OpenShard, ShardReader
-from pretrain.data.storage import StorageConfig
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,12 @@ def open_lanes(
     lanes: range,
     start_micro_step: int,
     readers: ThreadPoolExecutor,
-    storage: StorageConfig,
-    open_shard: OpenShard | None,
+    open_shard: OpenShard,
 ) -> list[Lane]:
     """Some lanes of a mixture, each already reading its first block."""
     opened = []
     for source_index, lane in (mixture.owners[lane] for lane in lanes):
         source = mixture.sources[source_index]
-        reader = ShardReader(source.split, storage, open_shard, source.first_sample_id)
+        reader = ShardReader(source.split, open_shard, source.first_sample_id)
         opened.append(Lane(source.order, lane, reader, start_micro_step, readers))
     return opened

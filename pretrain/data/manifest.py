@@ -73,7 +73,9 @@ class Manifest:
         return hash(self.hash)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load_same, (self.folder, self.hash)  # another process opens it again
+        """Another process reads the columns again, from where they are on this machine."""
+        parts = (self.folder, self.root, self.split_names, self.class_names, self.hash, self.columns_path)
+        return _reopen, parts
 
     @property
     def num_shards(self) -> int:
@@ -247,11 +249,18 @@ def shards_hash(columns: dict[str, NDArray[Any]], split_names: tuple[str, ...]) 
     return digest.hexdigest()
 
 
-def _load_same(folder: Location, hash_: str) -> Manifest:
-    manifest = Manifest.load(folder)
-    if manifest.hash != hash_:
-        raise DataError(f"{folder}: the index was changed while it was in use; start again")
-    return manifest
+def _reopen(
+    folder: Location,
+    root: Location,
+    split_names: tuple[str, ...],
+    class_names: tuple[str, ...],
+    hash_: str,
+    columns_path: Path,
+) -> Manifest:
+    columns = _shard_columns(columns_path)
+    if shards_hash(columns, split_names) != hash_:
+        raise DataError(f"{columns_path}: was changed while it was in use; start again")
+    return Manifest(folder, root, split_names, class_names, hash_, columns_path, columns)
 
 
 def _again(folder: Location) -> str:

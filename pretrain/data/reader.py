@@ -20,7 +20,7 @@ from pretrain.data.columns import NO_LABEL, SampleColumns
 from pretrain.data.manifest import Shard, Split
 from pretrain.data.order import Run
 from pretrain.data.scan import group
-from pretrain.data.storage import RangeFile, StorageConfig, StorageError, open_file
+from pretrain.data.storage import RangeFile, StorageError, open_file
 from pretrain.data.tar import END_MARKER_BYTES, READ_BYTES, walk
 from pretrain.errors import DataError
 
@@ -69,13 +69,12 @@ class ShardReader:
     def __init__(
         self,
         split: Split,
-        storage: StorageConfig | None = None,
         open_shard: OpenShard | None = None,
         first_sample_id: int = 0,  # added to the manifest's own sample ids
     ) -> None:
         self.split = split
         self.first_sample_id = first_sample_id
-        self.open_shard = open_shard or (lambda shard: open_file(shard.location, storage or StorageConfig()))
+        self.open_shard = open_shard or (lambda shard: open_file(shard.location))
         self._columns: tuple[int, SampleColumns] | None = None
         self._stream: tuple[int, _GzipStream] | None = None
 
@@ -157,10 +156,10 @@ class ShardReader:
 
 
 def read_split(
-    split: Split, storage: StorageConfig | None = None, first_sample_id: int = 0
+    split: Split, open_shard: OpenShard | None = None, first_sample_id: int = 0
 ) -> Iterator[EncodedSample]:
     """All samples of a split once, in the order they are stored."""
-    with contextlib.closing(ShardReader(split, storage, first_sample_id=first_sample_id)) as reader:
+    with contextlib.closing(ShardReader(split, open_shard, first_sample_id)) as reader:
         for place, num_samples in enumerate(split.shard_sizes.tolist()):
             for start in range(0, num_samples, SAMPLES_PER_READ):
                 stop = min(start + SAMPLES_PER_READ, num_samples)

@@ -18,7 +18,7 @@ from pretrain.data.decode import BadImage, decode
 from pretrain.data.mixture import Mixture
 from pretrain.data.quarantine import CHECKSUM, Quarantine
 from pretrain.data.reader import EncodedSample, read_split
-from pretrain.data.storage import StorageConfig
+from pretrain.data.sources import shard_opener
 from pretrain.errors import DataError
 from pretrain.views.pixels import crop_resize
 from pretrain.views.plan import ViewConfig, crop_boxes
@@ -50,6 +50,7 @@ class ResidentBatches:
         path = quarantine_path if rank == 0 else None
         quarantine = Quarantine(path, mixture.num_samples, config.max_bad_ratio)
         images, samples, is_good = _decode_all(config, mixture, quarantine)
+        self.num_retries = 0
         self.num_bad = quarantine.num_met if rank == 0 else 0
         labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
         self.images = torch.from_numpy(images).to(device)  # uint8 (N, H, W, 3)
@@ -96,11 +97,11 @@ def _decode_all(
     images: NDArray[np.uint8] | None = None
     samples: list[EncodedSample] = []
     is_good = np.zeros(mixture.num_samples, dtype=np.bool_)
-    storage = StorageConfig(timeout_seconds=config.timeout_seconds)
+    open_shard = shard_opener(config)
     stored = (
         sample
         for source in mixture.sources
-        for sample in read_split(source.split, storage, source.first_sample_id)
+        for sample in read_split(source.split, open_shard, source.first_sample_id)
     )
     names = ", ".join(str(source.split.manifest.folder) for source in mixture.sources)
     with ThreadPoolExecutor(max(1, config.decode_threads)) as pool:

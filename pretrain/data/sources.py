@@ -9,7 +9,7 @@ from pretrain.data.cache import CacheConfig, ShardCache
 from pretrain.data.manifest import Manifest, Shard, Split
 from pretrain.data.mixture import Mixture, mix
 from pretrain.data.reader import OpenShard
-from pretrain.data.storage import RangeFile, StorageConfig, parse_location
+from pretrain.data.storage import OnRetry, RangeFile, StorageConfig, open_file, parse_location
 from pretrain.errors import ConfigError
 
 
@@ -44,11 +44,12 @@ def mixture_of(config: DataConfig, splits: Sequence[Split], seed: int, batch_siz
     )
 
 
-def open_shard(config: DataConfig, storage: StorageConfig) -> OpenShard | None:
-    """Opens shards through the node's cache; None where there is none, and they are read where they lie."""
+def shard_opener(config: DataConfig, on_retry: OnRetry | None = None) -> OpenShard:
+    """Opens shards where they lie, or through the node's cache if there is one."""
+    storage = StorageConfig(timeout_seconds=config.timeout_seconds)
     if config.cache is None:
-        return None
-    cache = ShardCache(CacheConfig(config.cache.folder, int(config.cache.max_gib * 2**30)), storage)
+        return lambda shard: open_file(shard.location, storage, on_retry)
+    cache = ShardCache(CacheConfig(config.cache.folder, int(config.cache.max_gib * 2**30)), storage, on_retry)
 
     def opened(shard: Shard) -> RangeFile:
         return cache.open(shard.location, shard.num_bytes, shard.sha256)

@@ -26,7 +26,7 @@ class StreamingBatches:
     """The trainer's end: takes finished batches by slot number and gives the slots back."""
 
     def __init__(self, work: Work) -> None:
-        self.num_bad = 0
+        self.num_bad = self.num_retries = 0
         self.wait_seconds = 0.0
         self._rank = work.rank
         self._micro_step = work.start_micro_step
@@ -90,7 +90,7 @@ class StreamingBatches:
         except (EOFError, OSError):
             message = None
         if isinstance(message, Ready):
-            self.num_bad = message.num_bad
+            self.num_bad, self.num_retries = message.num_bad, message.num_retries
             return message.slot
         self._failure = self._explain(message)
         raise self._failure

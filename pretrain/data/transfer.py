@@ -43,6 +43,10 @@ class DeviceBatches:
         return self.batches.num_bad
 
     @property
+    def num_retries(self) -> int:
+        return self.batches.num_retries
+
+    @property
     def wait_seconds(self) -> float:
         return self.batches.wait_seconds
 

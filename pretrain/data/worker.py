@@ -22,8 +22,7 @@ from pretrain.data.crop_writer import CropWriter, Ring
 from pretrain.data.lane import Lane, open_lanes
 from pretrain.data.manifest import Split
 from pretrain.data.quarantine import Quarantine
-from pretrain.data.sources import mixture_of, open_shard
-from pretrain.data.storage import StorageConfig
+from pretrain.data.sources import mixture_of, shard_opener
 from pretrain.errors import UserError
 from pretrain.views.plan import ViewConfig
 
@@ -52,6 +51,7 @@ class Ready:
 
     slot: int
     num_bad: int
+    num_retries: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,19 @@ def run(work: Work, ring: Ring, trainer: Connection) -> None:
         os._exit(0)  # without waiting for threads that may hang in a read
 
 
-def begin_work(work: Work, ring: Ring, threads: Executor) -> tuple[CropWriter, list[Lane]]:
+class Retries:
+    """Counts reads that had to be tried again."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, reason: str) -> None:
+        with self._lock:
+            self.num += 1
+
+
+def begin_work(work: Work, ring: Ring, threads: Executor, retries: Retries) -> tuple[CropWriter, list[Lane]]:
     """What fills the ring, and the lanes it takes samples from, already reading."""
     config = work.config
     mixture = mixture_of(config, work.splits, work.seed, work.batch_size)
@@ -87,8 +99,7 @@ def begin_work(work: Work, ring: Ring, threads: Executor) -> tuple[CropWriter, l
     writer = CropWriter(ring, work.views, work.seed, threads, quarantine, config.max_pixels)
     own = mixture.lanes_of(work.rank, work.world_size)
     readers = ThreadPoolExecutor(NUM_READ_THREADS, "reader")
-    storage = StorageConfig(timeout_seconds=config.timeout_seconds)
-    lanes = open_lanes(mixture, own, work.start_micro_step, readers, storage, open_shard(config, storage))
+    lanes = open_lanes(mixture, own, work.start_micro_step, readers, shard_opener(config, retries))
     return writer, lanes
 
 
@@ -108,7 +119,8 @@ def _allow_many_files() -> None:
 
 def _serve(work: Work, ring: Ring, trainer: Connection) -> None:
     """Fill free slots, batch after batch; while one is decoded, the next is already begun."""
-    writer, lanes = begin_work(work, ring, ThreadPoolExecutor(work.config.decode_threads))
+    retries = Retries()
+    writer, lanes = begin_work(work, ring, ThreadPoolExecutor(work.config.decode_threads), retries)
     free = deque(range(ring.num_slots))
     begun: deque[tuple[int, list[Future[None]]]] = deque()
     micro_step = work.start_micro_step
@@ -128,4 +140,4 @@ def _serve(work: Work, ring: Ring, trainer: Connection) -> None:
             slot, tasks = begun.popleft()
             for task in tasks:
                 task.result()
-            trainer.send(Ready(slot, writer.quarantine.num_met))
+            trainer.send(Ready(slot, writer.quarantine.num_met, retries.num))

@@ -58,7 +58,11 @@ def _step_in(line: str) -> float:
 
 
 # values that count from the start of the process, and where they are published
-_COUNTERS = {"bad_samples": names.BAD_SAMPLES, "backbone_calls": names.BACKBONE_CALLS}
+_COUNTERS = {
+    "bad_samples": names.BAD_SAMPLES,
+    "storage_retries": names.STORAGE_RETRIES,
+    "backbone_calls": names.BACKBONE_CALLS,
+}
 
 
 class Meter:

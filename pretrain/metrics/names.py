@@ -37,11 +37,14 @@ BAD_SAMPLES = Metric(
     "counter",
     "Samples of all ranks replaced because they could not be decoded.",
 )
+STORAGE_RETRIES = Metric(
+    "pretrain_storage_retries_total", "counter", "Reads of all ranks that were tried again."
+)
 CHECKPOINT_SECONDS = Metric("pretrain_checkpoint_seconds", "gauge", "Time the last checkpoint took to write.")
 CHECKPOINT_STEP = Metric("pretrain_checkpoint_step", "gauge", "Step of the last checkpoint.")
 
 METRICS = (
     STEPS, IMAGES, EPOCH, LOSS, LOSS_WEIGHT, TASK_METRIC, GRAD_NORM, LEARNING_RATE, MOMENTUM, STEP_SECONDS,
-    DATA_WAIT, IMAGES_PER_SECOND, BACKBONE_CALLS, SKIPPED_STEPS, BAD_SAMPLES, CHECKPOINT_SECONDS,
-    CHECKPOINT_STEP,
+    DATA_WAIT, IMAGES_PER_SECOND, BACKBONE_CALLS, SKIPPED_STEPS, BAD_SAMPLES, STORAGE_RETRIES,
+    CHECKPOINT_SECONDS, CHECKPOINT_STEP,
 )  # fmt: skip

@@ -17,11 +17,12 @@ import psutil
 import pytest
 import torch
 from pydantic import ValidationError
+from range_server import Fault, RangeServer
 from small_shards import jpeg, make_shards, samples, write_shard
 from torch import Tensor
 
 from pretrain.data.indexing import index_folder
-from pretrain.data.loader import Batch, Batches, DataConfig, mixture_of, open_batches, pool_bytes
+from pretrain.data.loader import Batch, Batches, DataConfig, mixture_of, open_batches, open_splits, pool_bytes
 from pretrain.data.manifest import Manifest
 from pretrain.data.quarantine import Quarantine
 from pretrain.data.reader import read_split
@@ -370,3 +371,33 @@ def test_crops_come_in_recipe_order_by_size(streamed: list[Batch]) -> None:
     for batch, size in itertools.product(streamed, (0, 1)):
         assert batch.crops[size].dtype == torch.uint8
         assert batch.crops[size].float().std() > 1
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_stalled_or_failing_read_is_tried_again_and_counted(
+    manifest: Manifest, streamed: list[Batch], threads: int
+) -> None:
+    with RangeServer(manifest.folder.path) as server:
+        config = DataConfig(shards=server.url, decode_threads=threads, timeout_seconds=1.0, **SETTINGS)
+        splits = open_splits(config)
+        splits[0].samples(splits[0].shard(0))
+        server.faults.extend([Fault(status=503), Fault(stall_after_bytes=100)])
+        opened = open_batches(config, splits, VIEWS, seed=3, batch_size=8)
+        try:
+            assert_equal([copy(next(opened)) for _ in range(8)], streamed)
+            assert opened.num_retries == 2
+        finally:
+            opened.close()
+
+
+def test_storage_that_stays_away_ends_the_run_with_its_name(manifest: Manifest) -> None:
+    with RangeServer(manifest.folder.path) as server:
+        config = DataConfig(shards=server.url, timeout_seconds=0.2, **SETTINGS)
+        splits = open_splits(config)
+        server.always = Fault(stall_after_bytes=10)
+        opened = open_batches(config, splits, VIEWS, seed=3, batch_size=8)
+        try:
+            with pytest.raises(DataError, match=r"train-\d\.tar: .*no answer within 0\.2 seconds"):
+                next(opened)
+        finally:
+            opened.close()
