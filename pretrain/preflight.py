@@ -55,7 +55,7 @@ def inspect(request: Request, place: cluster.Cluster) -> Inspected:
     splits = open_splits(config.data)
     mixture = mixture_of(config.data, splits, config.seed, build.micro_step_batch(config))
     if place.is_first:  # a million shards are looked at once, not once a rank
-        for manifest in {split.manifest for split in splits}:
+        for manifest in {split.manifest.folder: split.manifest for split in splits}.values():
             manifest.check_shards()
     per = build.sizes(config, place.world_size)
     if not config.data.resident and config.data.decode_threads:
@@ -96,6 +96,7 @@ def identity(config: RunConfig, splits: Sequence[Split]) -> dict[str, Any]:
         "lanes": config.data.lanes,
         "shuffle_block": config.data.shuffle_block,
         "split": [split.name for split in splits],
+        "max_pixels": config.data.max_pixels,
         "resident": config.data.resident,  # its crops may differ from streamed ones by a grey level
         "global_batch": config.batch.global_size,
         "accumulation_steps": config.batch.accumulation_steps,

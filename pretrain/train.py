@@ -93,6 +93,8 @@ def _run(request: Request, inspected: Inspected, place: cluster.Cluster) -> None
         meter = open_meter(request, inspected, place, step)
         loop = Loop(request, inspected, place, engine, teacher, batches, meter)
         del saved  # several times the model, and no longer needed
+        if step >= inspected.num_steps:
+            logger.info("nothing left to do: step %d of %d", step, inspected.num_steps)
         loop.train(step)
     finally:
         batches.close()

@@ -134,4 +134,4 @@ def pool_bytes(config: DataConfig, mixture: Mixture, num_lanes: int) -> int:
 def ring_bytes(config: DataConfig, views: Sequence[ViewConfig], local_batch_size: int) -> int:
     """Shared memory of one rank's finished batches."""
     per_image = sum(3 * view.size_px**2 for view in views)
-    return (config.prefetch_batches + 1) * local_batch_size * per_image
+    return (config.prefetch_batches + 1) * local_batch_size * (per_image + 3 * 8)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from pretrain.data.loader import DataConfig, open_batches, open_splits
 from pretrain.data.manifest import Split
-from pretrain.errors import ConfigError
 from pretrain.views.plan import ViewConfig
 
 GOOD_ENOUGH_RATIO = 0.95  # of the best rate: fewer threads are worth more than the last few percent
 PREFETCH_BATCHES = (1, 3, 6)
 USUAL_PREFETCH = 3
 WARM_UP_BATCHES = 3
+MAX_LANES = 16
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class BenchRequest:
     view_px: int = 224
     num_views: int = 2
     batch_size: int = 64
-    lanes: int = 16
     seconds: float = 4.0  # for each setting
     threads: tuple[int, ...] = ()  # () for 1, 2, 4, ... up to the CPU cores of this machine
 
@@ -44,11 +43,6 @@ class Rate:
 
 def measure(request: BenchRequest, report: Callable[[str], None]) -> list[Rate]:
     """Each number of threads with the usual prefetching, then the best with more and less of it."""
-    if request.batch_size % request.lanes:
-        raise ConfigError(
-            f"--batch-size {request.batch_size}: is not a multiple of --lanes {request.lanes}; use "
-            f"{-(-request.batch_size // request.lanes) * request.lanes}"
-        )
     (split,) = open_splits(DataConfig(shards=request.shards, split=request.split))
     split.manifest.check_shards()
     report(
@@ -91,6 +85,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _num_lanes(batch_size: int, num_samples: int) -> int:
+    """As many as fit, of those that divide the batch; a run has more, which changes little."""
+    return max(n for n in range(1, MAX_LANES + 1) if batch_size % n == 0 and n <= num_samples)
+
+
 def _thread_counts(cores: int) -> list[int]:
     counts = [1]
     while counts[-1] * 2 <= cores:
@@ -104,7 +103,7 @@ def _measure_one(
     config = DataConfig(
         shards=request.shards,
         split=request.split,
-        lanes=request.lanes,
+        lanes=_num_lanes(request.batch_size, split.num_samples),
         decode_threads=threads,
         prefetch_batches=prefetch,
         max_bad_ratio=1.0,  # what a bad image costs is measured too

@@ -116,15 +116,13 @@ class CropWriter:
                 self.crops[group][slot, place, row] = crop
 
     def _replacement(self, pick: Pick) -> tuple[NDArray[np.uint8], Pick]:
-        """The next image of the block that decodes: the same on every rank and restart."""
-        num_samples = len(pick.block.samples)
-        for step in range(1, num_samples):
-            candidate = Pick(pick.block, (pick.place + step) % num_samples)
+        """The next image of the lane that decodes: the same on every rank and restart."""
+        for candidate in pick.successors():
             try:
                 return self._decode(candidate.sample), candidate
             except BadImage as bad:
                 self.quarantine.add(candidate.sample, bad.reason)
-        raise DataError(f"{pick.sample.shard}: none of {num_samples} samples read together decodes; check it")
+        raise DataError(f"{pick.sample.shard}: nothing that its lane reads in a round decodes; check it")
 
     def _decode(self, sample: EncodedSample, shrink: int = 1) -> NDArray[np.uint8]:
         if not sample.is_intact:

@@ -11,7 +11,8 @@ import torch
 
 from pretrain.data.batch import Batch, crop_sizes
 from pretrain.data.crop_writer import Ring
-from pretrain.data.worker import Retries, Work, begin_work
+from pretrain.data.sources import Retries
+from pretrain.data.worker import Work, begin_work
 
 T = TypeVar("T")
 

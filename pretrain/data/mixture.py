@@ -7,6 +7,7 @@ lanes, so that every rank reads a like share. One source is a mixture of one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,12 @@ class Mixture:
     @property
     def seed(self) -> int:
         return self.sources[0].order.seed
+
+    @property
+    def data_hash(self) -> str:
+        """Says which data the sample ids are of."""
+        names = [f"{source.split.manifest.hash} {source.split.name}" for source in self.sources]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -114,7 +121,12 @@ def mix(
     counts = _share(_weights(splits, weights), lanes)
     sources = []
     first_sample_id = 0
-    for split, count in zip(splits, counts, strict=True):
+    for place, (split, count) in enumerate(zip(splits, counts, strict=True)):
+        if count > split.num_samples and len(splits) > 1:
+            raise ConfigError(
+                f"data.sources[{place}]: its {count} of {lanes} lanes cannot share {split.num_samples} "
+                "samples; use fewer data.lanes, or a smaller weight"
+            )
         order = Order(
             shard_sizes=torch.from_numpy(split.shard_sizes),
             first_sample_ids=torch.from_numpy(split.first_sample_ids) + first_sample_id,

@@ -1,11 +1,14 @@
-"""The record of samples that do not decode, and the budget that says how many a run may meet."""
+"""The record of samples that cannot be used, and the budget that says how many a run may meet."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
+from typing import IO
 
 from pretrain.data.reader import EncodedSample
 from pretrain.data.tar import safe_name
@@ -15,36 +18,35 @@ CHECKSUM = "checksum"  # the reason where a sample's bytes are not those that we
 
 
 class Quarantine:
-    """Counts and records each bad sample once, also over restarts; more than the budget is an error.
+    """Counts and records each bad sample once, over all ranks that share the file, and over restarts.
 
-    The budget is `max_bad_ratio` of the split's samples, rounded down, but at least one: a single bad file
-    does not stop a run on a small data set. A rank holds against it what it met and what the file held at its
-    start, and reports what it met.
+    The budget is `max_bad_ratio` of the samples, rounded down, but at least one: a single bad file does not
+    stop a run on a small data set. It is held against all that is on record of the same data.
     """
 
-    def __init__(self, path: Path | None, num_samples: int, max_bad_ratio: float) -> None:
+    def __init__(self, path: Path | None, num_samples: int, max_bad_ratio: float, data: str = "") -> None:
         self.path = path
         self.num_allowed = max(1, int(max_bad_ratio * num_samples))
-        self._known = _recorded(path)
-        self._num_before = len(self._known)
+        self.num_met = 0  # samples that this process put on record
+        self._data = data  # says which data the ids are of
+        self._known: set[int] = set()
+        self._num_read = 0  # bytes of the file
         self._lock = Lock()
+        with contextlib.suppress(OSError):
+            if path is not None and path.is_file():
+                with path.open("rb") as file:
+                    self._read_on(file)
 
     @property
     def num_bad(self) -> int:
-        """Distinct samples on record, of earlier runs in the same folder too."""
+        """Distinct samples on record, of other ranks and of earlier runs in the same folder too."""
         return len(self._known)
 
-    @property
-    def num_met(self) -> int:
-        """Distinct samples that this process added to the record."""
-        return len(self._known) - self._num_before
-
     def add(self, sample: EncodedSample, reason: str) -> None:
-        """Record a sample that did not decode. Called from many threads."""
+        """Record a sample that cannot be used. Called from many threads."""
         with self._lock:
             if sample.sample_id not in self._known:
-                self._known.add(sample.sample_id)
-                self._append(sample, reason)
+                self._record(sample, reason)
             if self.num_bad > self.num_allowed:
                 where = f", listed in {self.path}" if self.path else ""
                 raise DataError(
@@ -53,26 +55,51 @@ class Quarantine:
                     "Repair the shards or raise data.max_bad_ratio"
                 )
 
-    def _append(self, sample: EncodedSample, reason: str) -> None:
+    def _record(self, sample: EncodedSample, reason: str) -> None:
+        # a full disk must not end a run for the sake of a note; the sample is counted all the same
+        with contextlib.suppress(OSError), self._shared_file() as file:
+            if file is not None:
+                self._read_on(file)
+                if sample.sample_id in self._known:  # another rank was first
+                    return
+                self._append(file, sample, reason)
+        self._known.add(sample.sample_id)
+        self.num_met += 1
+
+    @contextlib.contextmanager
+    def _shared_file(self) -> Iterator[IO[bytes] | None]:
+        """The file, for this process alone; None where there is none."""
         if self.path is None:
+            yield None
             return
-        record = {
+        with self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, and with the process
+            yield file
+
+    def _read_on(self, file: IO[bytes]) -> None:
+        """Take in what others have written; a line cut short by a crash counts for nothing."""
+        file.seek(self._num_read)
+        lines = file.read()
+        self._num_read += len(lines)
+        for line in lines.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                if entry.get("data", "") == self._data:
+                    self._known.add(int(entry["sample_id"]))
+
+    def _append(self, file: IO[bytes], sample: EncodedSample, reason: str) -> None:
+        entry = {
             "sample_id": sample.sample_id,
             "shard": sample.shard,
             "offset": sample.offset,
             "key": safe_name(sample.key),
             "reason": reason,
+            "data": self._data,
         }
-        # a full disk must not end a run for the sake of a note; the sample is counted all the same
-        with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")  # one short write: lines of several ranks do not mix
-
-
-def _recorded(path: Path | None) -> set[int]:
-    """Sample ids on record; a line cut short by a crash counts for nothing."""
-    known: set[int] = set()
-    if path is not None and path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                known.add(int(json.loads(line)["sample_id"]))
-    return known
+        line = json.dumps(entry).encode() + b"\n"
+        file.seek(max(0, self._num_read - 1))
+        if self._num_read and file.read(1) != b"\n":
+            line = b"\n" + line  # the line before was cut short
+        file.write(line)
+        file.flush()
+        self._num_read += len(line)

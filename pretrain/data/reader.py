@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from pretrain.data.columns import NO_LABEL, SampleColumns
+from pretrain.data.columns import NO_LABEL
 from pretrain.data.manifest import Shard, Split
 from pretrain.data.order import Run
 from pretrain.data.scan import group
@@ -75,12 +75,15 @@ class ShardReader:
         self.split = split
         self.first_sample_id = first_sample_id
         self.open_shard = open_shard or (lambda shard: open_file(shard.location))
-        self._columns: tuple[int, SampleColumns] | None = None
         self._stream: tuple[int, _GzipStream] | None = None
 
     def read(self, runs: Sequence[Run]) -> list[EncodedSample]:
         """All samples of some runs, in order; an error if one is missing."""
         return [sample for run in runs for sample in self._read_run(run)]
+
+    def another(self) -> ShardReader:
+        """A reader of the same, for another thread."""
+        return ShardReader(self.split, self.open_shard, self.first_sample_id)
 
     def close(self) -> None:
         if self._stream is not None:
@@ -89,7 +92,7 @@ class ShardReader:
 
     def _read_run(self, run: Run) -> list[EncodedSample]:
         shard = self.split.shard(run.shard)
-        samples = self._columns_of(shard).part(run.start, run.stop)
+        samples = self.split.samples(shard).part(run.start, run.stop)
         begin, end = int(samples.starts[0]), int(samples.starts[-1])
         is_last = run.stop == shard.num_samples
         data = self._read_bytes(shard, begin, end + END_MARKER_BYTES * is_last)
@@ -120,19 +123,15 @@ class ShardReader:
             for place, (image_begin, image_bytes, hash_, label) in enumerate(columns)
         ]
 
-    def _columns_of(self, shard: Shard) -> SampleColumns:
-        if self._columns is None or self._columns[0] != shard.index:
-            self._columns = shard.index, self.split.samples(shard)
-        return self._columns[1]
-
     def _read_bytes(self, shard: Shard, begin: int, end: int) -> bytes:
         try:
             if shard.name.endswith("gz"):
                 return self._read_compressed(shard, begin, end)
             with contextlib.closing(self._open(shard)) as file:
                 return file.read(begin, end)
-        except (OSError, StorageError) as error:
-            raise DataError(f"{shard.location}: cannot be read ({error}); check the storage") from error
+        except StorageError as error:
+            more = " (`ulimit -n`), or use fewer data.lanes" if "too many open files" in str(error) else ""
+            raise DataError(f"{error}{more}") from error
 
     def _open(self, shard: Shard) -> RangeFile:
         file = self.open_shard(shard)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from pretrain.data.decode import BadImage, decode
 from pretrain.data.mixture import Mixture
 from pretrain.data.quarantine import CHECKSUM, Quarantine
 from pretrain.data.reader import EncodedSample, read_split
-from pretrain.data.sources import shard_opener
+from pretrain.data.side_by_side import side_by_side
+from pretrain.data.sources import Retries, shard_opener
 from pretrain.errors import DataError
 from pretrain.views.pixels import crop_resize
 from pretrain.views.plan import ViewConfig, crop_boxes
@@ -48,15 +50,17 @@ class ResidentBatches:
         self.rank, self.world_size, self.micro_step = rank, world_size, start_micro_step
         # every rank reads the whole split, and rank 0 alone records what is bad in it
         path = quarantine_path if rank == 0 else None
-        quarantine = Quarantine(path, mixture.num_samples, config.max_bad_ratio)
-        images, samples, is_good = _decode_all(config, mixture, quarantine)
-        self.num_retries = 0
+        quarantine = Quarantine(path, mixture.num_samples, config.max_bad_ratio, mixture.data_hash)
+        retries = Retries()
+        images, samples, is_good = _decode_all(config, mixture, quarantine, retries)
+        self.num_retries = retries.num
         self.num_bad = quarantine.num_met if rank == 0 else 0
         labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
         self.images = torch.from_numpy(images).to(device)  # uint8 (N, H, W, 3)
         self.sample_ids = torch.tensor([sample.sample_id for sample in samples])  # ascending
         self.labels = torch.tensor(labels)
-        self.shown = _next_good(torch.from_numpy(is_good))  # int64 (N,): the row shown for each row
+        sizes = [source.num_samples for source in mixture.sources]
+        self.shown = _next_good(torch.from_numpy(is_good), sizes)  # int64 (N,): the row shown for each
 
     def __iter__(self) -> ResidentBatches:
         return self
@@ -91,39 +95,55 @@ class ResidentBatches:
 
 
 def _decode_all(
-    config: DataConfig, mixture: Mixture, quarantine: Quarantine
+    config: DataConfig, mixture: Mixture, quarantine: Quarantine, retries: Retries
 ) -> tuple[NDArray[np.uint8], list[EncodedSample], NDArray[np.bool_]]:
     """All images of all sources, uint8 (N, H, W, 3), their samples, and which of them decoded."""
     images: NDArray[np.uint8] | None = None
     samples: list[EncodedSample] = []
     is_good = np.zeros(mixture.num_samples, dtype=np.bool_)
-    open_shard = shard_opener(config)
+    open_shard = shard_opener(config, retries)
     stored = (
         sample
         for source in mixture.sources
         for sample in read_split(source.split, open_shard, source.first_sample_id)
     )
     names = ", ".join(str(source.split.manifest.folder) for source in mixture.sources)
-    with ThreadPoolExecutor(max(1, config.decode_threads)) as pool:
-        decoded = pool.map(lambda sample: _decode_sample(sample, config.max_pixels), stored)
-        for row, (sample, pixels) in enumerate(decoded):
-            samples.append(replace(sample, stored=b""))
-            if isinstance(pixels, BadImage):
-                quarantine.add(sample, pixels.reason)
-                continue
-            if images is None:
-                images = np.zeros((mixture.num_samples, *pixels.shape), dtype=np.uint8)
-            if pixels.shape != images.shape[1:]:
-                raise DataError(
-                    f"{names}: data.resident needs images of one size, but there are "
-                    f"{_size(images[0])} and {_size(pixels)} px ({sample.key!r} in {sample.shard}); "
-                    "set data.resident: false"
-                )
-            images[row] = pixels
-            is_good[row] = True
+    decoded = side_by_side(
+        lambda sample: _decode_sample(sample, config.max_pixels),
+        stored,
+        mixture.num_samples,
+        num_bytes=0,
+        num_workers=max(1, config.decode_threads),
+    )
+    for row, (sample, pixels) in enumerate(decoded):
+        samples.append(replace(sample, stored=b""))
+        if isinstance(pixels, BadImage):
+            quarantine.add(sample, pixels.reason)
+            continue
+        if images is None:
+            images = _room_for(mixture.num_samples, pixels.shape, names)
+        if pixels.shape != images.shape[1:]:
+            raise DataError(
+                f"{names}: data.resident needs images of one size, but there are "
+                f"{_size(images[0])} and {_size(pixels)} px ({sample.key!r} in {sample.shard}); "
+                "set data.resident: false"
+            )
+        images[row] = pixels
+        is_good[row] = True
     if images is None:
         raise DataError(f"{names}: no image decodes; check the shards")
     return images, samples, is_good
+
+
+def _room_for(num_images: int, shape: tuple[int, ...], names: str) -> NDArray[np.uint8]:
+    num_bytes = num_images * math.prod(shape)
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > available:
+        raise DataError(
+            f"{names}: {num_images} images of {shape[0]} x {shape[1]} px need {num_bytes / 2**30:.0f} GiB, "
+            f"this machine has {available / 2**30:.0f} GiB; set data.resident: false"
+        )
+    return np.zeros((num_images, *shape), dtype=np.uint8)
 
 
 def _decode_sample(
@@ -141,8 +161,16 @@ def _size(image: NDArray[np.uint8]) -> str:
     return f"{image.shape[0]} x {image.shape[1]}"
 
 
-def _next_good(is_good: Tensor) -> Tensor:
-    """For each row itself if it is good, else the next good one, cyclically. bool (N,) -> int64 (N,)"""
-    good = is_good.nonzero().squeeze(1)
-    following = torch.searchsorted(good, torch.arange(len(is_good)))
-    return good[following % len(good)]
+def _next_good(is_good: Tensor, sizes: Sequence[int]) -> Tensor:
+    """For each row itself if it is good, else the next good one of its source, cyclically: int64 (N,)
+
+    is_good: bool (N,), source after source; sizes: the rows of each.
+    """
+    shown = []
+    for first, part in zip(np.cumsum([0, *sizes]).tolist(), torch.split(is_good, list(sizes)), strict=False):
+        good = part.nonzero().squeeze(1)
+        if not len(good):
+            raise DataError("data.sources: of one source no image decodes; check its shards")
+        following = torch.searchsorted(good, torch.arange(len(part)))
+        shown.append(first + good[following % len(good)])
+    return torch.cat(shown)

@@ -13,6 +13,7 @@ import json
 import posixpath
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO, cast
@@ -26,11 +27,12 @@ from pretrain.data.tar import READ_BYTES, Damage, Member, Readable, safe_name, w
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_LABEL = 2**31 - 1
+MAX_IDLE_BYTES = 64 << 20  # in a row, of members that belong to no sample
 
 # kinds of problems
 DAMAGED, UNREADABLE, NO_SAMPLES = "damaged", "unreadable", "no_samples"
 NOT_PLAIN, UNSAFE_NAME, NO_IMAGE = "not_plain", "unsafe_name", "no_image"
-DUPLICATE, UNGROUPED = "duplicate", "ungrouped"
+DUPLICATE, UNGROUPED, IDLE_MEMBERS = "duplicate", "ungrouped", "idle_members"
 
 _SKIPPED_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
 
@@ -122,13 +124,21 @@ def runs(
     passed over.
     """
     run: list[tuple[str, str, Member]] = []
+    idle_bytes = 0  # of members in a row that belong to no sample
     for member in members:
         if isinstance(member, Damage):
             problems.append(damaged(member.offset, member.reason))
             continue
         named = _named(member, problems)
         if named is None:
+            was_much = idle_bytes > MAX_IDLE_BYTES
+            idle_bytes += len(member.stored)
+            if idle_bytes > MAX_IDLE_BYTES and not was_much:
+                reason = f"follows {MAX_IDLE_BYTES >> 20} MiB of members that belong to no sample"
+                remedy = "every read of a neighbour would read them too: pack samples only"
+                problems.append(Problem(member.offset, safe_name(member.name), reason, remedy, IDLE_MEMBERS))
             continue
+        idle_bytes = 0
         if run and run[0][0] != named[0]:
             yield _with_keys(run)
             run = []
@@ -146,7 +156,7 @@ def _collect(content: Readable, problems: list[Problem]) -> SampleColumns:
     """The columns of all samples. The bytes of one reach to the start of the next, so hashing waits."""
     rows: list[tuple[int, int, int, int, int]] = []
     state = xxhash.xxh3_64()
-    spans: list[tuple[int, bytes]] = []  # (offset, bytes) of members read and not yet hashed
+    spans: deque[tuple[int, bytes]] = deque()  # (offset, bytes) of members read and not yet hashed
     end = 0
 
     def members() -> Iterator[Member | Damage]:
@@ -160,7 +170,7 @@ def _collect(content: Readable, problems: list[Problem]) -> SampleColumns:
 
     def hash_until(offset: int) -> None:
         while spans and spans[0][0] < offset:
-            state.update(spans.pop(0)[1])
+            state.update(spans.popleft()[1])
 
     pending: tuple[int, int, int, int] | None = None
     for sample in group(members(), problems):

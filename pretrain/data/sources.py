@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from pretrain.data.batch import DataConfig
@@ -16,19 +17,19 @@ from pretrain.errors import ConfigError
 def open_splits(config: DataConfig) -> tuple[Split, ...]:
     """The split of each source. Opens the indexes, looks at no shard."""
     manifests: dict[str, Manifest] = {}
-    splits = []
+    splits: list[Split] = []
     for place, source in enumerate(config.all_sources):
         where = f"data.sources[{place}].shards" if config.sources else "data.shards"
         location = parse_location(source.shards, where)
-        manifest = manifests.setdefault(location.url, Manifest.load(location))
-        splits.append(manifest.split(source.split))
-    names = [(split.manifest.folder.url, split.name) for split in splits]
-    for place, name in enumerate(names):
-        if name in names[:place]:
+        if location.url not in manifests:
+            manifests[location.url] = Manifest.load(location)
+        split = manifests[location.url].split(source.split)
+        if any((other.manifest.hash, other.name) == (split.manifest.hash, split.name) for other in splits):
             raise ConfigError(
-                f"data.sources[{place}]: split '{name[1]}' of {name[0]} is named twice; "
-                "give it a larger weight"
+                f"{where}: split '{split.name}' of {location} is already a source, here or as a copy; "
+                "give that one a larger weight"
             )
+        splits.append(split)
     return tuple(splits)
 
 
@@ -42,6 +43,18 @@ def mixture_of(config: DataConfig, splits: Sequence[Split], seed: int, batch_siz
         shuffle_block=config.shuffle_block,
         batch_size=batch_size,
     )
+
+
+class Retries:
+    """Counts reads that had to be tried again."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, reason: str) -> None:
+        with self._lock:
+            self.num += 1
 
 
 def shard_opener(config: DataConfig, on_retry: OnRetry | None = None) -> OpenShard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import time
@@ -37,7 +38,7 @@ class StreamingBatches:
         ours, theirs = context.Pipe()
         self._loader: Connection = ours
         self._process = context.Process(
-            target=run, args=(work, self._ring, theirs), name=f"loader-{work.rank}", daemon=True
+            target=run, args=(self._ring, theirs), name=f"loader-{work.rank}", daemon=True
         )
         # blocked here, so inherited as blocked: a signal to the whole job cannot hit a loader that starts
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
@@ -46,7 +47,13 @@ class StreamingBatches:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
+        self._send_work(work)
         atexit.register(self.close)  # before multiprocessing waits for a process that heeds no signal
+
+    def _send_work(self, work: Work) -> None:
+        """Through the pipe, and not as an argument: what is wrong with it is then told like any failure."""
+        with contextlib.suppress(OSError):  # it has ended; the first batch that is asked for says how
+            self._loader.send(work)
 
     def __iter__(self) -> StreamingBatches:
         return self
@@ -108,9 +115,8 @@ class StreamingBatches:
             if code is not None and code < 0
             else f"ended with exit code {code}"
         )
-        return TrainingError(
-            f"{where} {how}; if the machine ran out of memory, lower data.shuffle_block or data.lanes"
-        )
+        hint = "; if the machine ran out of memory, lower data.shuffle_block or data.lanes"
+        return TrainingError(f"{where} {how}{hint if code == -signal.SIGKILL else ''}")
 
 
 def check_shared_memory(needed_bytes: int) -> None:
@@ -141,5 +147,12 @@ def _make_ring(work: Work) -> Ring:
 
 def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     tensor = torch.empty(shape, dtype=dtype)
-    tensor.share_memory_()  # type: ignore[no-untyped-call]
+    try:
+        tensor.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        num_mib = tensor.numel() * tensor.element_size() / 2**20
+        raise DataError(
+            f"{SHARED_MEMORY}: {num_mib:.0f} MiB of shared memory cannot be had ({error}); "
+            "lower data.prefetch_batches or mount it larger"
+        ) from error
     return tensor

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pretrain.data.batch import Batch
 from pretrain.data.streaming import StreamingBatches
+from pretrain.errors import TrainingError, UserError
+
+logger = logging.getLogger("pretrain")
 
 
 class DeviceBatches:
@@ -22,7 +29,7 @@ class DeviceBatches:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ahead: tuple[Batch, torch.cuda.Event] | None = None
         self._copied: torch.cuda.Event | None = None  # the newest copy out of the ring
-        self._pinned = [tensor for tensor in batches.shared_tensors if _pin(tensor)]
+        self._pinned = [tensor for tensor in batches.shared_tensors if _pin(tensor, device)]
 
     def __iter__(self) -> DeviceBatches:
         return self
@@ -31,7 +38,8 @@ class DeviceBatches:
         batch, event = self._ahead or self._begin()
         self._ahead = None
         if self.batches.is_ready:  # else waiting here would hold up the step that can begin
-            self._ahead = self._begin()
+            with contextlib.suppress(UserError, TrainingError):  # told when that batch is asked for
+                self._ahead = self._begin()
         computing = torch.cuda.current_stream(self.device)
         computing.wait_event(event)
         for tensor in _tensors(batch):
@@ -51,11 +59,13 @@ class DeviceBatches:
         return self.batches.wait_seconds
 
     def close(self) -> None:
-        self._stream.synchronize()
-        for tensor in self._pinned:
-            _unpin(tensor)
-        self._pinned = []
-        self.batches.close()
+        try:
+            self._stream.synchronize()
+            for tensor in self._pinned:
+                _runtime().cudaHostUnregister(tensor.data_ptr())
+        finally:
+            self._pinned = []
+            self.batches.close()
 
     def _begin(self) -> tuple[Batch, torch.cuda.Event]:
         """Start copying the next batch."""
@@ -78,13 +88,16 @@ def _tensors(batch: Batch) -> tuple[Tensor, ...]:
     return (*batch.crops, batch.sample_ids, batch.epochs, batch.labels)
 
 
-def _pin(tensor: Tensor) -> bool:
-    """Register memory with CUDA; without it copies are only slower, so a refusal is no error."""
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    return int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0)) == 0
+def _pin(tensor: Tensor, device: torch.device) -> bool:
+    """Register memory with CUDA; without it copies are only slower."""
+    status = int(_runtime().cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0))
+    if status == 0:
+        return True
+    logger.warning("CUDA error %d: batches are copied out of memory that is not pinned", status)
+    with contextlib.suppress(RuntimeError):  # CUDA reports the refusal once more, at whatever comes next
+        torch.zeros(1, device=device).add_(1)
+    return False
 
 
-def _unpin(tensor: Tensor) -> None:
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    status = int(runtime.cudaHostUnregister(tensor.data_ptr()))
-    assert status == 0, f"CUDA error {status} while a buffer was unregistered"
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ from pretrain.data.crop_writer import CropWriter, Ring
 from pretrain.data.lane import Lane, open_lanes
 from pretrain.data.manifest import Split
 from pretrain.data.quarantine import Quarantine
-from pretrain.data.sources import mixture_of, shard_opener
+from pretrain.data.sources import Retries, mixture_of, shard_opener
 from pretrain.errors import UserError
 from pretrain.views.plan import ViewConfig
 
@@ -62,15 +62,15 @@ class Failure:
     trace: str
 
 
-def run(work: Work, ring: Ring, trainer: Connection) -> None:
-    """Entry point of the process. Sends Ready or Failure; receives freed slots, or None to end."""
+def run(ring: Ring, trainer: Connection) -> None:
+    """Entry point of the process. Receives its Work, then freed slots; sends Ready or Failure."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the trainer decides when to stop
     threading.Thread(target=_die_with_trainer, daemon=True).start()
     torch.set_num_threads(1)
     _allow_many_files()
     try:
-        _serve(work, ring, trainer)
+        _serve(trainer.recv(), ring, trainer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the trainer is gone
     except BaseException as error:
@@ -79,23 +79,13 @@ def run(work: Work, ring: Ring, trainer: Connection) -> None:
         os._exit(0)  # without waiting for threads that may hang in a read
 
 
-class Retries:
-    """Counts reads that had to be tried again."""
-
-    def __init__(self) -> None:
-        self.num = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, reason: str) -> None:
-        with self._lock:
-            self.num += 1
-
-
 def begin_work(work: Work, ring: Ring, threads: Executor, retries: Retries) -> tuple[CropWriter, list[Lane]]:
     """What fills the ring, and the lanes it takes samples from, already reading."""
     config = work.config
     mixture = mixture_of(config, work.splits, work.seed, work.batch_size)
-    quarantine = Quarantine(work.quarantine_path, mixture.num_samples, config.max_bad_ratio)
+    quarantine = Quarantine(
+        work.quarantine_path, mixture.num_samples, config.max_bad_ratio, mixture.data_hash
+    )
     writer = CropWriter(ring, work.views, work.seed, threads, quarantine, config.max_pixels)
     own = mixture.lanes_of(work.rank, work.world_size)
     readers = ThreadPoolExecutor(NUM_READ_THREADS, "reader")
@@ -131,7 +121,8 @@ def _serve(work: Work, ring: Ring, trainer: Connection) -> None:
                 return
             free.append(slot)
         finished = begun and all(task.done() for task in begun[0][1])
-        if free and len(begun) < 2 and not finished:
+        is_ready = not begun or all(lane.is_ready(micro_step) for lane in lanes)
+        if free and len(begun) < 2 and not finished and is_ready:
             slot = free.popleft()
             picks = [pick for lane in lanes for pick in lane.picks(micro_step)]
             begun.append((slot, writer.begin(slot, picks)))

@@ -2,11 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from small_shards import make_shards
 
 from pretrain.data.bench import BenchRequest, Rate, advice, choose, measure
-from pretrain.errors import ConfigError
 
 
 def test_fewer_threads_win_when_more_bring_little() -> None:
@@ -19,7 +17,7 @@ def test_fewer_threads_win_when_more_bring_little() -> None:
 def test_every_setting_is_measured_and_told(tmp_path: Path) -> None:
     make_shards(tmp_path, [20, 20])
     told: list[str] = []
-    request = BenchRequest(str(tmp_path), view_px=16, batch_size=8, lanes=4, seconds=0.2, threads=(1,))
+    request = BenchRequest(str(tmp_path), view_px=16, batch_size=8, seconds=0.2, threads=(1,))
     rates = measure(request, told.append)
     assert [(rate.decode_threads, rate.prefetch_batches) for rate in rates] == [(1, 3), (1, 1), (1, 6)]
     assert all(rate.images_per_second > 0 for rate in rates)
@@ -27,6 +25,7 @@ def test_every_setting_is_measured_and_told(tmp_path: Path) -> None:
     assert len(told) == 4
 
 
-def test_a_batch_that_lanes_cannot_share_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="use 16"):
-        measure(BenchRequest(str(tmp_path), batch_size=10, lanes=8), print)
+def test_a_set_smaller_than_the_lanes_can_be_measured(tmp_path: Path) -> None:
+    make_shards(tmp_path, [3])
+    request = BenchRequest(str(tmp_path), view_px=8, batch_size=10, seconds=0.1, threads=(1,))
+    assert len(measure(request, lambda line: None)) == 3

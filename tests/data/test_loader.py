@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -401,3 +402,83 @@ def test_storage_that_stays_away_ends_the_run_with_its_name(manifest: Manifest) 
                 next(opened)
         finally:
             opened.close()
+
+
+def test_a_bad_image_alone_in_its_block_is_replaced_from_the_next(tmp_path: Path) -> None:
+    members = samples(0, 16)
+    for number in (5, 6, 7):
+        members[2 * number] = (members[2 * number][0], b"not an image")
+    write_shard(tmp_path / "0.tar", members)
+    manifest = index_folder(tmp_path)
+    settings: dict[str, Any] = {"shuffle_block": 1, "max_bad_ratio": 0.3}
+    seen = take(manifest, 6, **settings)
+    wanted = mixture_of(DataConfig(shards="x", **SETTINGS | settings), [manifest.split("train")], 3, 8)
+    bad = torch.tensor([5, 6, 7])
+    for micro_step, batch in enumerate(seen):
+        asked = wanted.batch(micro_step).sample_ids
+        is_bad = torch.isin(asked, bad)
+        assert torch.equal(batch.sample_ids[~is_bad], asked[~is_bad])
+        assert not torch.isin(batch.sample_ids, bad).any()
+    assert_equal(take(manifest, 6, **settings, decode_threads=3), seen)
+
+
+def test_ranks_share_one_record_and_one_budget(tmp_path: Path) -> None:
+    members = samples(0, 64)
+    bad = set(range(0, 64, 5))  # 13 of them
+    for number in bad:
+        members[2 * number] = (members[2 * number][0], b"not an image")
+    write_shard(tmp_path / "0.tar", members)
+    manifest, record = index_folder(tmp_path), tmp_path / "quarantine.jsonl"
+
+    def go_on(max_bad_ratio: float) -> int:
+        ranks = [
+            open_batches(
+                DataConfig(shards="x", lanes=4, shuffle_block=4, max_bad_ratio=max_bad_ratio),
+                [manifest.split("train")], VIEWS, seed=3, batch_size=8, rank=rank, world_size=4,
+                quarantine_path=record,
+            )
+            for rank in range(4)
+        ]  # fmt: skip
+        try:
+            for _ in range(8):  # an epoch, the ranks in turn
+                for batches in ranks:
+                    next(batches)
+            return sum(batches.num_bad for batches in ranks)
+        finally:
+            for batches in ranks:
+                batches.close()
+
+    with pytest.raises(DataError, match=r"\d+ samples do not decode, listed in .*, 6 are allowed"):
+        go_on(0.1)
+    record.unlink()
+    assert go_on(0.25) == 13
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert sorted(line["sample_id"] for line in lines) == sorted(bad)
+
+
+def test_the_record_of_other_data_counts_for_nothing(manifest: Manifest, tmp_path: Path) -> None:
+    record = tmp_path / "quarantine.jsonl"
+    sample = next(iter(read_split(manifest.split("train"))))
+    Quarantine(record, 100, 0.0, data="one").add(sample, "damaged")
+    other = Quarantine(record, 100, 0.0, data="other")
+    assert other.num_bad == 0
+    other.add(sample, "damaged")
+    assert [json.loads(line)["data"] for line in record.read_text().splitlines()] == ["one", "other"]
+
+
+def test_an_index_that_goes_away_before_the_loader_reads_it_is_one_line(tmp_path: Path) -> None:
+    manifest = make_shards(tmp_path, [8])
+    manifest.columns_path.unlink()
+    with pytest.raises(DataError, match=r"index\.safetensors.* start again") as caught:
+        take(manifest, 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_set_under_two_paths_is_not_two_sources(tmp_path: Path) -> None:
+    make_shards(tmp_path / "a", [8])
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    sources = [{"shards": str(tmp_path / name)} for name in ("a", "b")]
+    with pytest.raises(
+        ConfigError, match=r"data\.sources\[1\]\.shards: split 'train' .* is already a source"
+    ):
+        open_splits(DataConfig.model_validate({"sources": sources}))

@@ -209,3 +209,16 @@ def test_a_long_shard_without_samples_is_not_kept_in_memory() -> None:
     tracemalloc.stop()
     assert len(problems) == 61
     assert peak < 20_000_000
+
+
+def test_many_bytes_of_no_sample_are_a_problem_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.data.scan.MAX_IDLE_BYTES", 20_000)
+    idle = [(f"note{number}", bytes(4000)) for number in range(9)]
+    path = write_shard(tmp_path / "0.tar", [*samples(0, 2), *idle, *samples(2, 1)])
+    (problem,) = scan_shard(parse_location(path)).problems
+    assert problem.code == "idle_members"
+    assert problem.key == "note4"
+    few = write_shard(tmp_path / "1.tar", [*samples(0, 2), *idle[:4], *samples(2, 1)])
+    assert scan_shard(parse_location(few)).problems == ()
