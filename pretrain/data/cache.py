@@ -3,7 +3,8 @@
 An entry is named by the sha256 of its content. It is written as `<sha256>.part` by the one process that holds
 a lock on that file (the kernel frees it when the process dies, however it dies), takes up its full size from
 the start, and is renamed once its bytes have proved right. All growth and eviction happen under one more
-lock, so the folder never holds more than `max_bytes`. Whoever has an evicted entry open can read on.
+lock, so the folder never holds more than `max_bytes`. Whoever has an evicted entry open can read on. Nobody
+waits for ever for a process that stands still: after a while a shard is read where it lies.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LOCK_NAME = "lock"
 PART_SUFFIX = ".part"
 PIECE_BYTES = 2**23
 NUM_DOWNLOADS = 2  # of a shard whose bytes turn out wrong
-WAIT_SECONDS = 0.05  # for others to finish and make room
+WAIT_SECONDS = 0.05  # between two looks at what others do
 FINISHED_NS = 10**18  # time of change of a finished entry: any later write gives it another
 _DEFAULT_STORAGE = StorageConfig()
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -48,6 +49,10 @@ class CacheConfig:
             raise ConfigError(f"max_bytes: {self.max_bytes} is not above 0; give room for a few shards")
 
 
+class BusyError(Exception):
+    """Another process holds what we need, and got no further for a whole deadline."""
+
+
 class ShardCache:
     """Gives local copies of shards; downloads each once per node."""
 
@@ -58,18 +63,24 @@ class ShardCache:
         self.num_hits = 0
         self.num_misses = 0
         self.num_evicted = 0
+        self.num_dropped = 0  # entries that were damaged
+        self.num_bypassed = 0  # shards opened where they lie, as another process stood still
         self.bytes_fetched = 0
         self._storage = storage
         self._on_retry = on_retry
         self._counting = threading.Lock()
         _make_private(config.folder)
-        with self._locked():
+        with suppress(BusyError), self._locked():  # another job may sweep
             self._sweep()
 
     def open(self, location: Location, num_bytes: int, sha256: str) -> RangeFile:
         """A shard, opened from the cache; nobody can take it away any more."""
         while True:
-            path = self.fetch(location, num_bytes, sha256)
+            try:
+                path = self.fetch(location, num_bytes, sha256)
+            except BusyError:
+                self._count(bypassed=1)
+                return open_file(location, self._storage, self._on_retry)
             try:
                 return open_file(Location(str(path)), StorageConfig(self._storage.timeout_seconds, ()))
             except StorageError as error:
@@ -78,7 +89,10 @@ class ShardCache:
                 # evicted since: rare, as the newest entry is the last to go
 
     def fetch(self, location: Location, num_bytes: int, sha256: str) -> Path:
-        """The path of a local file with exactly these bytes, which another job may evict at any time."""
+        """The path of a local file with exactly these bytes, which another job may evict at any time.
+
+        BusyError where another process holds the shard, or the room for it, and stands still.
+        """
         if not _ENTRY.fullmatch(sha256):
             raise DataError(f"{location}: its sha256 in the index is not one; index the shards again")
         if num_bytes > self.config.max_bytes:
@@ -88,7 +102,7 @@ class ShardCache:
             )
         entry = self.config.folder / sha256
         while not _touch(entry, num_bytes):
-            part = _lock(_part_of(entry), os.O_CREAT, fcntl.LOCK_EX)
+            part = _lock(_part_of(entry), os.O_CREAT, self._storage.timeout_seconds)
             if part is None:
                 continue  # its writer has just finished
             try:
@@ -102,6 +116,25 @@ class ShardCache:
         self._count(hits=1)
         return entry
 
+    def drop(self, sha256: str) -> None:
+        """Remove an entry if its bytes are damaged by now, so that the next to open it fetches it again.
+
+        Whoever has it open reads on in the old file, and should open it anew.
+        """
+        if not _ENTRY.fullmatch(sha256):
+            return
+        entry = self.config.folder / sha256
+        try:
+            with entry.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+                    return  # sound, or already fetched again by another
+        except FileNotFoundError:
+            return
+        except OSError:
+            pass  # the disk cannot read it
+        entry.unlink(missing_ok=True)
+        self._count(dropped=1)
+
     def _fill(self, entry: Path, part: int, location: Location, num_bytes: int) -> None:
         """Download a shard into a part that is locked, and make it an entry."""
         try:
@@ -110,6 +143,7 @@ class ShardCache:
                 os.ftruncate(part, 0)  # what a dead writer left
             self._reserve(location, part, num_bytes)
             self._download(location, part, num_bytes, entry.name)
+            self._keep(location, part, num_bytes)
             os.utime(part, ns=(time.time_ns(), FINISHED_NS))
             _part_of(entry).rename(entry)
         except BaseException:
@@ -118,9 +152,12 @@ class ShardCache:
 
     def _reserve(self, location: Location, part: int, num_bytes: int) -> None:
         """Take up the space of a whole shard; evicts the least recently used ones, or waits for writers."""
+        before: list[tuple[str, int, int]] | None = None
+        end = 0.0
         while True:
             with self._locked():
-                unfinished_bytes = self._sweep()
+                unfinished = self._sweep()
+                unfinished_bytes = sum(size for _, size, _ in unfinished)
                 entries = self._entries()
                 used_bytes = unfinished_bytes + sum(size for _, size, _ in entries)
                 while used_bytes + num_bytes > self.config.max_bytes and entries:
@@ -134,7 +171,20 @@ class ShardCache:
                         return
                     if not unfinished_bytes:
                         raise _disk_full(location, num_bytes, self.config.folder)
+            if unfinished != before:  # a writer got further
+                before, end = unfinished, time.monotonic() + self._storage.timeout_seconds
+            if time.monotonic() >= end:
+                raise BusyError
             time.sleep(WAIT_SECONDS)
+
+    def _keep(self, location: Location, part: int, num_bytes: int) -> None:
+        """Have the bytes on the disk before the name: a machine that goes down leaves no entry of zeros."""
+        try:
+            os.fsync(part)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise _disk_full(location, num_bytes, self.config.folder) from error
+            raise
 
     def _download(self, location: Location, part: int, num_bytes: int, sha256: str) -> None:
         found = ""
@@ -188,38 +238,49 @@ class ShardCache:
         self._count(evicted=1)
         return num_bytes
 
-    def _sweep(self) -> int:
-        """Remove what dead writers left; the bytes that living ones have taken up."""
-        num_bytes = 0
+    def _sweep(self) -> list[tuple[str, int, int]]:
+        """Remove what dead writers left; (name, bytes, time of last write) of what living ones take up."""
+        unfinished = []
         for path in self.config.folder.iterdir():
             if not _PART.fullmatch(path.name):
                 continue
             with suppress(FileNotFoundError):  # just finished, so it is an entry now
                 try:
-                    part = _lock(path, 0, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    num_bytes += path.stat().st_size
+                    part = _lock(path, 0, 0.0)
+                except BusyError:
+                    if num_bytes := (status := path.stat()).st_size:  # else it waits for room, as we may
+                        unfinished.append((path.name, num_bytes, status.st_mtime_ns))
                     continue
                 if part is not None:
                     path.unlink(missing_ok=True)
                     os.close(part)
-        return num_bytes
+        return sorted(unfinished)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Alone among all processes that use the folder."""
         lock = os.open(self.config.folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _wait_for(lock, self._storage.timeout_seconds)
             yield
         finally:
             os.close(lock)
 
-    def _count(self, hits: int = 0, misses: int = 0, evicted: int = 0, fetched: int = 0) -> None:
+    def _count(
+        self,
+        hits: int = 0,
+        misses: int = 0,
+        evicted: int = 0,
+        dropped: int = 0,
+        bypassed: int = 0,
+        fetched: int = 0,
+    ) -> None:
         with self._counting:
             self.num_hits += hits
             self.num_misses += misses
             self.num_evicted += evicted
+            self.num_dropped += dropped
+            self.num_bypassed += bypassed
             self.bytes_fetched += fetched
 
 
@@ -256,12 +317,29 @@ def _touch(entry: Path, num_bytes: int) -> bool:
     return True
 
 
-def _lock(path: Path, flags: int, operation: int) -> int | None:
+def _wait_for(descriptor: int, timeout_seconds: float) -> None:
+    """Lock a file, as soon as nobody else has; BusyError once it did not change for so long."""
+    pause_seconds, end, before = 0.001, 0.0, None
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            status = os.fstat(descriptor)
+        if (now := (status.st_size, status.st_mtime_ns)) != before:
+            before, end = now, time.monotonic() + timeout_seconds
+        if time.monotonic() >= end:
+            raise BusyError
+        time.sleep(pause_seconds)
+        pause_seconds = min(2 * pause_seconds, WAIT_SECONDS)
+
+
+def _lock(path: Path, flags: int, timeout_seconds: float) -> int | None:
     """A descriptor of a file that nobody else has locked; None if the file went away while we waited."""
     part = os.open(path, os.O_RDWR | flags, 0o600)
     kept = False
     try:
-        fcntl.flock(part, operation)
+        _wait_for(part, timeout_seconds)
         kept = os.path.samestat(os.fstat(part), path.stat())
     except FileNotFoundError:
         pass

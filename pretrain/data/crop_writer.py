@@ -103,7 +103,7 @@ class CropWriter:
             pick, own = picks[row], boxes[row]
             try:
                 shrink = shrink_for(own, self.sizes_px) if min(sizes[row]) >= self.shrinkable_px else 1
-                image = self._decode(pick.sample, shrink)
+                image = self._decode(pick, shrink)
                 if (shrunk_size := image.shape[:2]) != sizes[row]:
                     own = [scale_box(box, sizes[row], shrunk_size) for box in own]
             except BadImage as bad:
@@ -119,13 +119,14 @@ class CropWriter:
         """The next image of the lane that decodes: the same on every rank and restart."""
         for candidate in pick.successors():
             try:
-                return self._decode(candidate.sample), candidate
+                return self._decode(candidate), candidate
             except BadImage as bad:
                 self.quarantine.add(candidate.sample, bad.reason)
         raise DataError(f"{pick.sample.shard}: nothing that its lane reads in a round decodes; check it")
 
-    def _decode(self, sample: EncodedSample, shrink: int = 1) -> NDArray[np.uint8]:
-        if not sample.is_intact:
+    def _decode(self, pick: Pick, shrink: int = 1) -> NDArray[np.uint8]:
+        sample = pick.sample
+        if not sample.is_intact and not (sample := pick.lane.reader.reread(sample)).is_intact:
             raise BadImage(CHECKSUM, "these are not the bytes that were indexed")
         return decode(sample.image, shrink, self.max_pixels)
 

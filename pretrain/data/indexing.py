@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from pretrain.data.columns import NO_LABEL, SampleColumns
-from pretrain.data.manifest import COLUMNS_NAME, FORMAT, INDEX_NAME, SAMPLE_COLUMNS, Manifest, shards_hash
+from pretrain.data.index_columns import SAMPLE_COLUMNS
+from pretrain.data.manifest import COLUMNS_NAME, FORMAT, INDEX_NAME, Manifest, sha256_of, shards_hash
 from pretrain.data.replacing import json_bytes, replacing, write_bytes
 from pretrain.data.scan import ShardScan, scan_shard
 from pretrain.data.side_by_side import side_by_side
@@ -59,8 +59,14 @@ def index_folder(folder: Location | Path | str, out: Path | str | None = None) -
     root = folder if isinstance(folder, Location) else parse_location(folder)
     if out is None and not root.is_local:
         raise DataError(f"{root}: cannot be written to; choose a local folder for the index with --out DIR")
+    for place in (root.url, str(out or "")):
+        _check_text(place, "folder")
     names = shard_names(root)
-    known = SizesFiles.read(root, own_sizes_files(Path(out) if out else root.path))
+    own = own_sizes_files(Path(out)) if out else {}
+    own |= (
+        own_sizes_files(root.path) if root.is_local else {}
+    )  # an index in `out` may not be the one of these files
+    known = SizesFiles.read(root, own)
     splits = [known.splits.get(name) or split_of(name) for name in names]
     scans = scan_all([root.join(name) for name in names])
     problems = [
@@ -102,7 +108,7 @@ def write_manifest(
     }
     with replacing(folder / COLUMNS_NAME) as temporary:
         save_file({f"shards.{name}": column for name, column in columns.items()} | samples, temporary)
-        columns_sha256 = _sha256_of(temporary)
+        columns_sha256 = sha256_of(temporary)
     own: dict[str, str] = {}
     if root.is_local and root.path.resolve() == folder.resolve():
         shards = [(record.name, record.split, record.num_samples) for record in records]
@@ -138,6 +144,8 @@ def shard_names(folder: Location) -> list[str]:
     names = [name for name in list_names(folder) if name.endswith(SUFFIXES) and not name.startswith(".")]
     if not names:
         raise DataError(f"{folder}: no shards here; expected files that end in {', '.join(SUFFIXES)}")
+    for name in names:
+        _check_text(name, f"{folder}: shard")
     by_stem: dict[str, str] = {}
     for name in names:
         stem = re.sub(r"\.(tar|tar\.gz|tgz)$", "", name)
@@ -149,7 +157,7 @@ def shard_names(folder: Location) -> list[str]:
 
 def own_sizes_files(folder: Path) -> dict[str, str]:
     """sha256 of the sizes files that an earlier index in this folder wrote."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return dict(json.loads((folder / INDEX_NAME).read_bytes())["sizes_files_sha256"])
     return {}
 
@@ -163,7 +171,10 @@ def class_names(folder: Location) -> list[str]:
     """One class a line of classes.txt; of a line with tabs (index, id, name) the last field."""
     if not folder.is_local or not (folder.path / CLASSES_NAME).is_file():
         return []
-    lines = (folder.path / CLASSES_NAME).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = (folder.path / CLASSES_NAME).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{folder.join(CLASSES_NAME)}: is not UTF-8 text; save it as UTF-8") from error
     return [line.split("\t")[-1].strip() for line in lines if line.strip()]
 
 
@@ -196,7 +207,16 @@ def _shard_columns(records: Sequence[ShardRecord], split_names: tuple[str, ...])
 
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key under which shard-2 comes before shard-10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split("([0-9]+)", name)]
+    parts = re.split("([0-9]+)", name)
+    return [(int(part), "") if place % 2 else (0, part) for place, part in enumerate(parts)]
+
+
+def _check_text(name: str, what: str) -> None:
+    """A name of other bytes than UTF-8 can stand in no index, and in no message."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} {name!a}: its name is not UTF-8; rename it") from error
 
 
 def _relative(root: Location, start: Path) -> str:
@@ -206,11 +226,6 @@ def _relative(root: Location, start: Path) -> str:
     path, start = root.path.resolve(), start.resolve()
     shared = os.path.commonpath([path, start])
     return os.path.relpath(path, start) if shared != path.anchor else str(path)
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _make_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from pretrain.data.columns import SampleColumns
-from pretrain.data.storage import Location, StorageError, parse_location, read_bytes
+from pretrain.data.index_columns import SAMPLE_COLUMNS, SHARD_COLUMNS, are_in_order, read_shard_columns
+from pretrain.data.replacing import write_bytes
+from pretrain.data.storage import Location, StorageConfig, StorageError, parse_location, read_bytes
 from pretrain.errors import DataError, nearest
 
 INDEX_NAME = "index.json"
@@ -33,8 +35,8 @@ COLUMNS_NAME = "index.safetensors"
 FORMAT = "pretrain-shards-2"
 NUM_LOOKUP_THREADS = 16
 NUM_NAMED_SHARDS = 20  # an error names this many shards, and counts the rest
-SHARD_COLUMNS = ("names", "name_ends", "num_bytes", "num_samples", "data_bytes", "sha256", "split", "digests")
-SAMPLE_COLUMNS = ("starts", "image_begins", "image_bytes", "hashes", "labels")
+_SHA256 = re.compile("[0-9a-f]{64}")
+_DEFAULT_STORAGE = StorageConfig()
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Manifest:
             columns = _sample_columns(self.columns_path, shard)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{self.columns_path}: cannot be read ({error}); {self.again}") from error
-        if columns.digest() != int(self.shard_columns["digests"][shard.index]):
+        vouched = int(self.shard_columns["digests"][shard.index])
+        if columns.digest() != vouched or not are_in_order(columns):
             raise DataError(f"{self.columns_path}: damaged where it speaks of {shard.name}; {self.again}")
         return columns
 
@@ -135,15 +138,16 @@ class Manifest:
         return self.shard_columns["names"][begin : int(ends[index])].tobytes().decode("utf-8")
 
     @classmethod
-    def load(cls, folder: Location | Path | str) -> Manifest:
+    def load(cls, folder: Location | Path | str, storage: StorageConfig | None = None) -> Manifest:
         """Open the index of a folder. Looks at no shard: `check_shards` does."""
         location = folder if isinstance(folder, Location) else parse_location(folder)
+        storage = storage or _DEFAULT_STORAGE
         try:
-            data = read_bytes(location.join(INDEX_NAME))
+            data = read_bytes(location.join(INDEX_NAME), storage)
         except StorageError as error:
             if not error.missing:
                 raise DataError(str(error)) from error
-            raise DataError(f"{location}: there is no {INDEX_NAME}; {_again(location)} to make it") from error
+            raise DataError(f"{location}: there is no {INDEX_NAME}; {_again(location)}") from error
         try:
             index = json.loads(data)
             if index["format"] != FORMAT:
@@ -151,14 +155,21 @@ class Manifest:
                     f"{location.join(INDEX_NAME)}: format {index['format']!r} is not {FORMAT!r}; "
                     f"{_again(location)}"
                 )
-            columns_path = _columns_here(location, index["columns_sha256"])
-            columns = _shard_columns(columns_path)
             vouched, root = index["shards_sha256"], _root(location, index["shards_root"])
-            split_names, class_names = tuple(index["split_names"]), tuple(index["class_names"])
-        except (OSError, StorageError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{location}: the index cannot be read ({error!r}); {_again(location)}"
-            ) from error
+            split_names, class_names = _names(index, "split_names"), _names(index, "class_names")
+            columns_path = _columns_here(location, index["columns_sha256"], storage)
+            columns = read_shard_columns(columns_path, len(split_names))
+        except (
+            OSError,
+            StorageError,
+            SafetensorError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ) as error:
+            reason = f"{error!r}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise DataError(f"{location}: the index cannot be read ({reason}); {_again(location)}") from error
         if shards_hash(columns, split_names) != vouched:
             raise DataError(f"{location}: {COLUMNS_NAME} does not belong to {INDEX_NAME}; {_again(location)}")
         return cls(location, root, split_names, class_names, vouched, columns_path, columns)
@@ -257,14 +268,26 @@ def _reopen(
     hash_: str,
     columns_path: Path,
 ) -> Manifest:
-    columns = _shard_columns(columns_path)
-    if shards_hash(columns, split_names) != hash_:
-        raise DataError(f"{columns_path}: was changed while it was in use; start again")
+    try:
+        columns = read_shard_columns(columns_path, len(split_names))
+        if shards_hash(columns, split_names) != hash_:
+            raise ValueError("other columns")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{columns_path}: was changed or removed while it was in use; start again") from error
     return Manifest(folder, root, split_names, class_names, hash_, columns_path, columns)
 
 
 def _again(folder: Location) -> str:
-    return f"run `pretrain shards index {folder}`"
+    if folder.scheme in ("http", "https"):  # which cannot be asked for its files
+        return f"index the folder where it lies and serve {INDEX_NAME} and {COLUMNS_NAME} with the shards"
+    return f"run `pretrain shards index {folder}{'' if folder.is_local else ' --out DIR'}`"
+
+
+def _names(index: dict[str, Any], key: str) -> tuple[str, ...]:
+    names = index[key]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"'{key}' is not a list of names")
+    return tuple(names)
 
 
 def _root(folder: Location, shards_root: str) -> Location:
@@ -273,27 +296,27 @@ def _root(folder: Location, shards_root: str) -> Location:
     return parse_location(os.path.normpath(folder.path / shards_root))
 
 
-def _columns_here(folder: Location, sha256: str) -> Path:
-    """The columns as a local file; those of a remote folder are copied here once."""
+def _columns_here(folder: Location, sha256: str, storage: StorageConfig) -> Path:
+    """The columns as a local file; those of a remote folder are copied here, again if the copy is damaged."""
     remote = folder.join(COLUMNS_NAME)
     if folder.is_local:
         return remote.path
+    if not _SHA256.fullmatch(sha256):
+        raise ValueError("'columns_sha256' is not a sha256")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pretrain" / "indexes"
     here = caches / f"{sha256}.safetensors"
-    if not here.is_file():
-        data = read_bytes(remote)
+    if not here.is_file() or sha256_of(here) != sha256:
+        data = read_bytes(remote, storage)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise DataError(f"{remote}: does not belong to its {INDEX_NAME}; copy both again")
         here.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=here.parent, delete=False) as file:
-            file.write(data)
-        Path(file.name).replace(here)
+        write_bytes(here, data)
     return here
 
 
-def _shard_columns(path: Path) -> dict[str, NDArray[Any]]:
-    with safe_open(path, framework="numpy") as file:
-        return {name: file.get_tensor(f"shards.{name}") for name in SHARD_COLUMNS}
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @lru_cache(maxsize=4)
@@ -306,5 +329,5 @@ def _sample_columns(path: Path, shard: Shard) -> SampleColumns:
     begin, end = shard.first_sample_id, shard.first_sample_id + shard.num_samples
     starts = file.get_slice("samples.starts")[begin + shard.index : end + shard.index + 1]  # one more a shard
     return SampleColumns(
-        starts, *(file.get_slice(f"samples.{name}")[begin:end] for name in SAMPLE_COLUMNS[1:])
+        starts, *(file.get_slice(f"samples.{name}")[begin:end] for name in list(SAMPLE_COLUMNS)[1:])
     )

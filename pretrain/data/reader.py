@@ -11,9 +11,11 @@ import contextlib
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
 import xxhash
 
 from pretrain.data.columns import NO_LABEL
@@ -27,7 +29,22 @@ from pretrain.errors import DataError
 SAMPLES_PER_READ = 256  # of a sequential pass
 NUM_GZIP_TRIES = 2  # a compressed stream that broke is opened once more
 
-OpenShard = Callable[[Shard], RangeFile]
+
+class OpenShard(Protocol):
+    """How shards are opened."""
+
+    def __call__(self, shard: Shard) -> RangeFile: ...
+
+    def distrust(self, shard: Shard) -> bool:
+        """Drop a copy of this shard if it is damaged; False where shards are read where they lie."""
+
+
+class _WhereItLies:
+    def __call__(self, shard: Shard) -> RangeFile:
+        return open_file(shard.location)
+
+    def distrust(self, shard: Shard) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -74,7 +91,7 @@ class ShardReader:
     ) -> None:
         self.split = split
         self.first_sample_id = first_sample_id
-        self.open_shard = open_shard or (lambda shard: open_file(shard.location))
+        self.open_shard = open_shard or _WhereItLies()
         self._stream: tuple[int, _GzipStream] | None = None
 
     def read(self, runs: Sequence[Run]) -> list[EncodedSample]:
@@ -84,6 +101,19 @@ class ShardReader:
     def another(self) -> ShardReader:
         """A reader of the same, for another thread."""
         return ShardReader(self.split, self.open_shard, self.first_sample_id)
+
+    def reread(self, sample: EncodedSample) -> EncodedSample:
+        """A sample whose bytes are wrong, once more from the source if it came from a copy."""
+        manifest = self.split.manifest
+        own_id = sample.sample_id - self.first_sample_id
+        index = int(np.searchsorted(manifest.ends, own_id, side="right"))
+        shard = manifest.shard(index)
+        if not self.open_shard.distrust(shard):
+            return sample
+        place = int(np.searchsorted(self.split.indices, index))
+        start = own_id - shard.first_sample_id
+        (again,) = self.another().read([Run(place, start, start + 1, epoch=0)])
+        return again
 
     def close(self) -> None:
         if self._stream is not None:

@@ -20,7 +20,7 @@ from pretrain.data.mixture import Mixture
 from pretrain.data.quarantine import CHECKSUM, Quarantine
 from pretrain.data.reader import EncodedSample, read_split
 from pretrain.data.side_by_side import side_by_side
-from pretrain.data.sources import Retries, shard_opener
+from pretrain.data.sources import Retries, ShardOpener
 from pretrain.errors import DataError
 from pretrain.views.pixels import crop_resize
 from pretrain.views.plan import ViewConfig, crop_boxes
@@ -101,7 +101,7 @@ def _decode_all(
     images: NDArray[np.uint8] | None = None
     samples: list[EncodedSample] = []
     is_good = np.zeros(mixture.num_samples, dtype=np.bool_)
-    open_shard = shard_opener(config, retries)
+    open_shard = ShardOpener(config, retries)
     stored = (
         sample
         for source in mixture.sources

@@ -48,6 +48,9 @@ def side_by_side(
                 return
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise DataError("a worker process was killed (out of memory?); use fewer workers") from error
+        raise DataError(
+            "a worker process was killed (out of memory?); run it on fewer CPU cores, "
+            "as with `taskset -c 0-3`, or with more memory"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -95,7 +95,7 @@ def _read_json(folder: Location, name: str, own: Mapping[str, str]) -> dict[str,
         return None
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{folder.join(name)}: is not JSON ({error}); mend or remove it") from error
     if not isinstance(value, dict):
         raise DataError(f"{folder.join(name)}: is not an object; mend or remove it")

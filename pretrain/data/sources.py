@@ -9,7 +9,6 @@ from pretrain.data.batch import DataConfig
 from pretrain.data.cache import CacheConfig, ShardCache
 from pretrain.data.manifest import Manifest, Shard, Split
 from pretrain.data.mixture import Mixture, mix
-from pretrain.data.reader import OpenShard
 from pretrain.data.storage import OnRetry, RangeFile, StorageConfig, open_file, parse_location
 from pretrain.errors import ConfigError
 
@@ -22,7 +21,7 @@ def open_splits(config: DataConfig) -> tuple[Split, ...]:
         where = f"data.sources[{place}].shards" if config.sources else "data.shards"
         location = parse_location(source.shards, where)
         if location.url not in manifests:
-            manifests[location.url] = Manifest.load(location)
+            manifests[location.url] = Manifest.load(location, storage_of(config))
         split = manifests[location.url].split(source.split)
         if any((other.manifest.hash, other.name) == (split.manifest.hash, split.name) for other in splits):
             raise ConfigError(
@@ -57,14 +56,29 @@ class Retries:
             self.num += 1
 
 
-def shard_opener(config: DataConfig, on_retry: OnRetry | None = None) -> OpenShard:
+class ShardOpener:
     """Opens shards where they lie, or through the node's cache if there is one."""
-    storage = StorageConfig(timeout_seconds=config.timeout_seconds)
-    if config.cache is None:
-        return lambda shard: open_file(shard.location, storage, on_retry)
-    cache = ShardCache(CacheConfig(config.cache.folder, int(config.cache.max_gib * 2**30)), storage, on_retry)
 
-    def opened(shard: Shard) -> RangeFile:
-        return cache.open(shard.location, shard.num_bytes, shard.sha256)
+    def __init__(self, config: DataConfig, on_retry: OnRetry | None = None) -> None:
+        self._storage = storage_of(config)
+        self._on_retry = on_retry
+        self._cache: ShardCache | None = None
+        if config.cache is not None:
+            limits = CacheConfig(config.cache.folder, int(config.cache.max_gib * 2**30))
+            self._cache = ShardCache(limits, self._storage, on_retry)
 
-    return opened
+    def __call__(self, shard: Shard) -> RangeFile:
+        if self._cache is None:
+            return open_file(shard.location, self._storage, self._on_retry)
+        return self._cache.open(shard.location, shard.num_bytes, shard.sha256)
+
+    def distrust(self, shard: Shard) -> bool:
+        """Drop a copy of this shard if it is damaged; False where shards are read where they lie."""
+        if self._cache is None:
+            return False
+        self._cache.drop(shard.sha256)
+        return True
+
+
+def storage_of(config: DataConfig) -> StorageConfig:
+    return StorageConfig(timeout_seconds=config.timeout_seconds)

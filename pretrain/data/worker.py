@@ -22,7 +22,7 @@ from pretrain.data.crop_writer import CropWriter, Ring
 from pretrain.data.lane import Lane, open_lanes
 from pretrain.data.manifest import Split
 from pretrain.data.quarantine import Quarantine
-from pretrain.data.sources import Retries, mixture_of, shard_opener
+from pretrain.data.sources import Retries, ShardOpener, mixture_of
 from pretrain.errors import UserError
 from pretrain.views.plan import ViewConfig
 
@@ -89,7 +89,7 @@ def begin_work(work: Work, ring: Ring, threads: Executor, retries: Retries) -> t
     writer = CropWriter(ring, work.views, work.seed, threads, quarantine, config.max_pixels)
     own = mixture.lanes_of(work.rank, work.world_size)
     readers = ThreadPoolExecutor(NUM_READ_THREADS, "reader")
-    lanes = open_lanes(mixture, own, work.start_micro_step, readers, shard_opener(config, retries))
+    lanes = open_lanes(mixture, own, work.start_micro_step, readers, ShardOpener(config, retries))
     return writer, lanes
 
 

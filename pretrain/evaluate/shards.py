@@ -48,10 +48,13 @@ class LabelledSplit:
 def find_split(where: str | Path, role: Role) -> LabelledSplit:
     """The split that `DIR:split` names, or that `DIR` means for this role.
 
-    For `DIR` alone that is the usual name (train; test, else val), or the only split there is.
+    For `DIR` alone that is the usual name (train; test, else val), or the only split there is. In an address
+    the split comes after the host: `http://host:8080` names none, `http://host:8080/:val` does.
     """
     folder, asked = str(where), ""
-    if not Path(folder).is_dir() and ":" in folder.rpartition("/")[2]:
+    _, _, after_scheme = folder.rpartition("://")
+    is_host = "://" in folder and "/" not in after_scheme
+    if not is_host and not Path(folder).is_dir() and ":" in folder.rpartition("/")[2]:
         folder, _, asked = folder.rpartition(":")
     manifest = Manifest.load(folder)
     manifest.check_shards()
@@ -62,7 +65,7 @@ def find_split(where: str | Path, role: Role) -> LabelledSplit:
     if not usual:
         raise DataError(
             f"{folder}: which split is the {role} set? It has: {', '.join(names)}; "
-            f"name one, as in --{role} {folder}:{names[0]}"
+            f"name one, as in --{role} {folder}{'/' if is_host else ''}:{names[0]}"
         )
     return LabelledSplit(manifest, usual[0])
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 from range_server import Fault, RangeServer, wait_until
 
-from pretrain.data.cache import CacheConfig, ShardCache
+from pretrain.data import cache as cache_module
+from pretrain.data.cache import FINISHED_NS, CacheConfig, ShardCache
 from pretrain.data.storage import Location, StorageConfig, StorageError, parse_location
 from pretrain.errors import ConfigError, DataError
 
@@ -315,10 +317,126 @@ def test_files_of_others_in_the_folder_are_left_alone(tmp_path: Path, server: Ra
     assert entries(tmp_path / "cache") == {**strangers, sha256(SHARDS[1]): SHARDS[1]}
 
 
+def open_shard(cache: ShardCache, server: RangeServer, number: int) -> bytes:
+    place = parse_location(server.url).join(f"{number}.tar")
+    with cache.open(place, SHARD_BYTES, sha256(SHARDS[number])) as file:
+        return file.read(0, SHARD_BYTES)
+
+
+def locked(path: Path) -> int:
+    """A descriptor that holds a file as a process does that stands still."""
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    return held
+
+
+IMPATIENT = StorageConfig(timeout_seconds=0.5, retry_seconds=(0.01,))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", [f"{sha256(SHARDS[0])}.part", "lock"])
+def test_behind_a_process_that_stands_still_a_shard_is_read_where_it_lies(
+    tmp_path: Path, server: RangeServer, name: str
+) -> None:
+    cache = cache_of(tmp_path, storage=IMPATIENT)
+    held = locked(tmp_path / "cache" / name)
+    begin = time.monotonic()
+    assert open_shard(cache, server, 0) == SHARDS[0]
+    assert 0.5 <= time.monotonic() - begin < 5
+    assert (cache.num_bypassed, cache.num_hits, cache.num_misses) == (1, 0, 0)
+    os.close(held)
+    assert open_shard(cache, server, 0) == SHARDS[0]
+    assert (cache.num_bypassed, cache.num_misses) == (1, 1)
+
+
+@pytest.mark.timeout(30)
+def test_nobody_waits_for_ever_for_room_that_a_process_holds_and_does_not_use(
+    tmp_path: Path, server: RangeServer
+) -> None:
+    cache = cache_of(tmp_path, num_shards=1, storage=IMPATIENT)
+    held = locked(tmp_path / "cache" / f"{sha256(SHARDS[1])}.part")
+    os.truncate(held, SHARD_BYTES)
+    assert open_shard(cache, server, 0) == SHARDS[0]
+    assert cache.num_bypassed == 1
+    assert set(entries(tmp_path / "cache")) == {f"{sha256(SHARDS[1])}.part"}
+    os.close(held)
+    assert open_shard(cache, server, 0) == SHARDS[0]
+    assert set(entries(tmp_path / "cache")) == {sha256(SHARDS[0])}
+
+
+@pytest.mark.timeout(30)
+def test_a_slow_download_that_lives_is_waited_for(tmp_path: Path, server: RangeServer) -> None:
+    cache = cache_of(tmp_path, storage=IMPATIENT)
+    entry = tmp_path / "cache" / sha256(SHARDS[0])
+    part = entry.with_name(f"{entry.name}.part")
+    held = locked(part)
+
+    def write() -> None:
+        step = SHARD_BYTES // 20
+        for begin in range(0, SHARD_BYTES, step):  # two seconds, four deadlines
+            os.pwrite(held, SHARDS[0][begin : begin + step], begin)
+            time.sleep(0.1)
+        os.utime(held, ns=(time.time_ns(), FINISHED_NS))
+        part.rename(entry)
+        os.close(held)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert open_shard(cache, server, 0) == SHARDS[0]
+    writer.join()
+    assert (cache.num_bypassed, cache.num_hits) == (0, 1)
+    assert server.num_sent["0.tar"] == 0
+
+
+def test_bytes_are_on_the_disk_before_they_have_a_name(
+    tmp_path: Path, server: RangeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(tmp_path)
+    entry = tmp_path / "cache" / sha256(SHARDS[0])
+    really, seen = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        really(descriptor)
+        seen.append((os.pread(descriptor, SHARD_BYTES + 1, 0) == SHARDS[0], entry.exists()))
+
+    monkeypatch.setattr(cache_module.os, "fsync", fsync)
+    fetch(cache, server, 0)
+    assert seen == [(True, False)]
+    assert entry.exists()
+
+
+def test_an_entry_that_rotted_unseen_is_fetched_again_once_it_is_dropped(
+    tmp_path: Path, server: RangeServer
+) -> None:
+    cache = cache_of(tmp_path)
+    fetch(cache, server, 0)
+    entry = tmp_path / "cache" / sha256(SHARDS[0])
+    entry.write_bytes(SHARDS[0][:-1] + b"?")
+    os.utime(entry, ns=(time.time_ns(), FINISHED_NS))  # as a disk does: no time of change tells it
+    assert fetch(cache, server, 0) != SHARDS[0]
+    cache.drop(sha256(SHARDS[0]))
+    assert fetch(cache, server, 0) == SHARDS[0]
+    assert (cache.num_dropped, cache.num_misses) == (1, 2)
+
+
+@pytest.mark.parametrize("name", [sha256(SHARDS[0]), sha256(SHARDS[1]), "../kept"])
+def test_a_sound_entry_an_absent_one_and_other_files_are_not_dropped(
+    tmp_path: Path, server: RangeServer, name: str
+) -> None:
+    cache = cache_of(tmp_path)
+    fetch(cache, server, 0)
+    (tmp_path / "kept").write_bytes(b"x")
+    cache.drop(name)
+    assert entries(tmp_path / "cache") == {sha256(SHARDS[0]): SHARDS[0]}
+    assert (tmp_path / "kept").exists()
+    assert cache.num_dropped == 0
+
+
 SMALL_DISK = """
 import hashlib, os, sys
 from pathlib import Path
-from pretrain.data.cache import CacheConfig, ShardCache
+from pretrain.data import cache as cache_module
+from pretrain.data.cache import FINISHED_NS, CacheConfig, ShardCache
 from pretrain.data.storage import Location
 from pretrain.errors import DataError
 

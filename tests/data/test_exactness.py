@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,3 +163,18 @@ def test_nothing_is_lost_or_doubled_whatever_the_shards_and_breaks(
     assert len(set(read)) == len(read) == num_steps * batch_size
     for epoch in range(2 * per_round // sum(sizes)):
         assert sorted(sample_id for e, sample_id in read if e == epoch) == list(range(sum(sizes)))
+
+
+def test_a_copy_that_rots_in_the_cache_changes_no_sample(shards: Path, whole: Log, tmp_path: Path) -> None:
+    cache = {"folder": tmp_path / "cache", "max_gib": 1.0}
+    assert log_of(shards, decode_threads=0, cache=cache) == whole
+    original = (shards / "a.tar").read_bytes()
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    (entry,) = [path for path in files if path.stat().st_size == len(original)]
+    before = entry.stat()
+    rotten = bytearray(original)
+    rotten[len(rotten) // 2] ^= 1
+    entry.write_bytes(rotten)
+    os.utime(entry, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a bad disk would leave it
+    assert log_of(shards, decode_threads=0, cache=cache) == whole
+    assert entry.read_bytes() == original

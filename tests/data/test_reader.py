@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from small_shards import make_shards, real_data, samples, write_shard
 
 from pretrain.data.indexing import index_folder
-from pretrain.data.manifest import Manifest
+from pretrain.data.manifest import Manifest, Shard
 from pretrain.data.order import Run
 from pretrain.data.reader import ShardReader, read_split
-from pretrain.data.storage import StorageConfig, open_file
+from pretrain.data.storage import RangeFile, StorageConfig, open_file
 from pretrain.errors import DataError
 
 
@@ -150,9 +150,16 @@ def test_a_shard_that_shrinks_after_loading_is_an_error(tmp_path: Path) -> None:
 def test_a_shard_that_vanishes_is_an_error_that_names_it(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path, [2])
     manifest.shard(0).path.unlink()
-    quick = StorageConfig(retry_seconds=(0.0,))
+
+    class Quick:
+        def __call__(self, shard: Shard) -> RangeFile:
+            return open_file(shard.location, StorageConfig(retry_seconds=(0.0,)))
+
+        def distrust(self, shard: Shard) -> bool:
+            return False
+
     with pytest.raises(DataError, match=r"train-0\.tar: cannot be read \(no such file"):
-        list(read_split(manifest.split("train"), lambda shard: open_file(shard.location, quick)))
+        list(read_split(manifest.split("train"), Quick()))
 
 
 def test_rotten_compressed_bytes_are_an_error(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from range_server import RangeServer
 from run_folder import tiny_config, write_checkpoint
 
 from pretrain.data.indexing import index_folder
@@ -103,6 +104,25 @@ def test_a_split_that_cannot_be_guessed_or_found_is_listed(shards: Callable[...,
         find_split(folder, "train")
     with pytest.raises(DataError, match="no split 'tset'"):
         find_split(f"{folder}:tset", "test")
+
+
+def test_the_port_of_an_address_is_no_split(
+    shards: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    folder = shards("served", train=6, test=6)
+    with RangeServer(folder) as server:
+        assert find_split(server.url, "train").name == "train"
+        assert find_split(f"{server.url}/", "train").name == "train"
+        assert find_split(f"{server.url}/:test", "train").name == "test"
+    with RangeServer(folder.parent) as server:
+        assert find_split(f"{server.url}/served", "train").name == "train"
+        assert find_split(f"{server.url}/served:test", "train").name == "test"
+    unclear = shards("unclear", test=6, val=6)
+    with RangeServer(unclear) as server:
+        with pytest.raises(DataError, match=rf"--train {server.url}/:test"):
+            find_split(server.url, "train")
+        assert find_split(f"{server.url}/:test", "train").name == "test"
 
 
 def test_training_and_testing_on_the_same_samples_is_refused(

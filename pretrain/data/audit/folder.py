@@ -46,12 +46,12 @@ def open_folder(location: Location) -> Folder:
     known, sizes_problem = _sizes_files(root)
     if sizes_problem:
         findings.append(about_folder(ERROR, SIZES, sizes_problem, "mend or remove it"))
-    again = f"restore it, or run `pretrain shards index {location}`"
     if manifest is not None:
+        again = f"restore it, or {manifest.again}"
         for name in sorted(set(indexed) - set(names), key=indexing.natural_key):
             findings.append(Finding(ERROR, MISSING, name, None, "", "is in the index, but not there", again))
         for name in sorted(set(names) - set(indexed), key=indexing.natural_key):
-            reason, remedy = "is not in the index, so it is never read", f"remove it, or {again[15:]}"
+            reason, remedy = "is not in the index, so it is never read", f"remove it, or {manifest.again}"
             findings.append(Finding(WARNING, NOT_IN_INDEX, name, None, "", reason, remedy))
     findings += _same_shards(names)
     splits = {name: known.splits.get(name) or indexing.split_of(name) for name in names}
@@ -62,7 +62,7 @@ def open_folder(location: Location) -> Folder:
     if manifest is not None:
         if class_names and manifest.class_names != class_names:
             reason = f"{indexing.CLASSES_NAME} is not what was indexed"
-            findings.append(about_folder(ERROR, CLASSES, reason, f"run `pretrain shards index {location}`"))
+            findings.append(about_folder(ERROR, CLASSES, reason, manifest.again))
         class_names = class_names or manifest.class_names
     return Folder(root, tuple(names), splits, class_names, manifest, known.sizes, tuple(findings))
 
