@@ -64,7 +64,8 @@ class CropWriter:
     def begin(self, slot: int, picks: Sequence[Pick]) -> list[Future[None]]:
         """Start filling a slot; it is full when all tasks are done."""
         samples = [pick.sample for pick in picks]
-        sizes = [self._size_or_any(sample) for sample in samples]
+        images = [sample.image for sample in samples]
+        sizes = [self._size_or_any(image) for image in images]
         epochs = [pick.epoch for pick in picks]
         boxes = self._boxes(samples, epochs, sizes)
         self.numbers[slot] = (
@@ -74,7 +75,7 @@ class CropWriter:
         )
         per_task = min(MAX_IMAGES_PER_TASK, -(-len(picks) // MIN_TASKS))
         return [
-            self.threads.submit(self._fill, slot, rows, picks, sizes, boxes)
+            self.threads.submit(self._fill, slot, rows, picks, images, sizes, boxes)
             for start in range(0, len(picks), per_task)
             for rows in [range(start, min(start + per_task, len(picks)))]
         ]
@@ -96,6 +97,7 @@ class CropWriter:
         slot: int,
         rows: Sequence[int],
         picks: Sequence[Pick],
+        images: Sequence[bytes],
         sizes: Sequence[tuple[int, int]],
         boxes: Sequence[Boxes],
     ) -> None:
@@ -103,7 +105,7 @@ class CropWriter:
             pick, own = picks[row], boxes[row]
             try:
                 shrink = shrink_for(own, self.sizes_px) if min(sizes[row]) >= self.shrinkable_px else 1
-                image = self._decode(pick, shrink)
+                image = self._decode(pick, images[row], shrink)
                 if (shrunk_size := image.shape[:2]) != sizes[row]:
                     own = [scale_box(box, sizes[row], shrunk_size) for box in own]
             except BadImage as bad:
@@ -119,21 +121,23 @@ class CropWriter:
         """The next image of the lane that decodes: the same on every rank and restart."""
         for candidate in pick.successors():
             try:
-                return self._decode(candidate), candidate
+                return self._decode(candidate, candidate.sample.image), candidate
             except BadImage as bad:
                 self.quarantine.add(candidate.sample, bad.reason)
         raise DataError(f"{pick.sample.shard}: nothing that its lane reads in a round decodes; check it")
 
-    def _decode(self, pick: Pick, shrink: int = 1) -> NDArray[np.uint8]:
-        sample = pick.sample
-        if not sample.is_intact and not (sample := pick.lane.reader.reread(sample)).is_intact:
-            raise BadImage(CHECKSUM, "these are not the bytes that were indexed")
-        return decode(sample.image, shrink, self.max_pixels)
+    def _decode(self, pick: Pick, encoded: bytes, shrink: int = 1) -> NDArray[np.uint8]:
+        if not pick.sample.is_intact:
+            again = pick.lane.reader.reread(pick.sample)
+            if not again.is_intact:
+                raise BadImage(CHECKSUM, "these are not the bytes that were indexed")
+            encoded = again.image
+        return decode(encoded, shrink, self.max_pixels)
 
-    def _size_or_any(self, sample: EncodedSample) -> tuple[int, int]:
+    def _size_or_any(self, encoded: bytes) -> tuple[int, int]:
         """(height, width) in px; of a bad image any, as it will be replaced."""
         try:
-            return image_size(sample.image, self.max_pixels)
+            return image_size(encoded, self.max_pixels)
         except BadImage:
             return 1, 1
 

@@ -51,10 +51,12 @@ class _WhereItLies:
 class EncodedSample:
     """One sample as it is stored."""
 
-    stored: bytes = field(repr=False)  # all its members, tar headers included
-    image_begin: int  # in `stored`
-    image_bytes: int
-    hash: int  # XXH3 that `stored` should have
+    data: bytes = field(repr=False)  # of all samples that were read together
+    begin: int  # in `data`: of all its members, tar headers included
+    end: int
+    image_begin: int  # in `data`
+    image_end: int
+    hash: int  # XXH3 that its members should have
     label: int | None
     sample_id: int
     shard: str
@@ -62,18 +64,19 @@ class EncodedSample:
 
     @property
     def image(self) -> bytes:
-        return self.stored[self.image_begin : self.image_begin + self.image_bytes]
+        """A copy, so ask once."""
+        return self.data[self.image_begin : self.image_end]
 
     @property
     def is_intact(self) -> bool:
         """Whether these are the bytes that were indexed."""
-        return xxhash.xxh3_64_intdigest(self.stored) == self.hash
+        return xxhash.xxh3_64_intdigest(memoryview(self.data)[self.begin : self.end]) == self.hash
 
     @property
     def key(self) -> str:
         """The name of the sample, for people; '?' where damage makes it unreadable."""
         with contextlib.suppress(StopIteration):
-            return next(group(walk(io.BytesIO(self.stored)), problems=[])).key
+            return next(group(walk(io.BytesIO(self.data[self.begin : self.end])), problems=[])).key
         return "?"
 
 
@@ -141,9 +144,11 @@ class ShardReader:
         first_sample_id = self.first_sample_id + shard.first_sample_id + run.start
         return [
             EncodedSample(
-                stored=data[starts[place] : starts[place + 1]],
-                image_begin=image_begin,
-                image_bytes=image_bytes,
+                data=data,
+                begin=starts[place],
+                end=starts[place + 1],
+                image_begin=starts[place] + image_begin,
+                image_end=starts[place] + image_begin + image_bytes,
                 hash=hash_,
                 label=None if label == NO_LABEL else label,
                 sample_id=first_sample_id + place,

@@ -116,7 +116,7 @@ def _decode_all(
         num_workers=max(1, config.decode_threads),
     )
     for row, (sample, pixels) in enumerate(decoded):
-        samples.append(replace(sample, stored=b""))
+        samples.append(replace(sample, data=b""))
         if isinstance(pixels, BadImage):
             quarantine.add(sample, pixels.reason)
             continue
