@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.engine.engine import (
@@ -23,12 +24,21 @@ from pretrain.engine.engine import (
     OptimizerState,
     StepOutput,
     Tally,
+    buffer_dtypes,
+    check_buffer_dtypes,
+    clip_each,
     gather_values,
-    set_lr,
     sum_of_squares,
 )
 from pretrain.errors import ConfigError, nearest
-from pretrain.optim import STATE_KEYS, OptimConfig, build_optimizer
+from pretrain.optim import (
+    Knobs,
+    OptimConfig,
+    ParameterRule,
+    build_optimizer,
+    check_optimizer_stage,
+    set_knobs,
+)
 from pretrain.peers import Peers
 from pretrain.tasks.multitask import MultiTask
 from pretrain.views.prepare import Inputs
@@ -47,7 +57,7 @@ OWNED = {
 }
 
 
-# our optimizer is AdamW with a switch; skipped steps are counted and told by the loop
+# our optimizers are libraries' with a switch; skipped steps are counted and told by the loop
 SILENCED = ("untested optimizer", "OVERFLOW! Skipping step")
 # what may stand in the DeepSpeed JSON besides
 PASSED_THROUGH = (
@@ -124,14 +134,14 @@ def resolve(
     return {
         "steps_per_print": 1 << 40,
         "wall_clock_breakdown": False,
-        "zero_allow_untested_optimizer": True,  # ours is torch's AdamW with a switch
+        "zero_allow_untested_optimizer": True,  # ours are libraries' with a switch
         "zero_force_ds_cpu_optimizer": False,
         **config.deepspeed,
         "zero_optimization": zero,
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": global_batch // accumulation // world_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optim.clip_norm,
+        "gradient_clipping": optim.clip_norm if optim.clip == "global" else 0.0,
         "torch_autocast": {
             "enabled": config.precision == "bf16",
             "dtype": "bfloat16",
@@ -171,23 +181,29 @@ class DeepSpeedEngine:
         peers: Peers,
         global_batch: int,
         accumulation: int,
+        rules: Sequence[ParameterRule] = (),
     ) -> None:
+        self.stage = zero_stage(config)
+        check_optimizer_stage(optim, self.stage)
         deepspeed = _import_deepspeed()
         self.deepspeed = deepspeed
         self.module = module.train()
         self.peers = peers
         self.accumulation_steps = accumulation
-        self.stage = zero_stage(config)
-        self.names = [name for name, p in module.named_parameters() if p.requires_grad]
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(module, optim)
-        num_parameters = sum(p.numel() for p in self.parameters)
+        self.optim = optim
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.shapes = {name: p.shape for name, p in self.parameters.items()}  # ZeRO-3 empties the parameters
+        self.optimizer = build_optimizer(module, optim, rules)
+        self.num_steps = 0
+        num_parameters = sum(p.numel() for p in self.parameters.values())
+        dtypes = buffer_dtypes(module)
         self.settings = resolve(config, optim, (global_batch, accumulation, peers.world_size), num_parameters)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.engine, *_ = deepspeed.initialize(
                 model=module, optimizer=self.optimizer, config=self.settings, dist_init_required=False
             )
+        check_buffer_dtypes(module, dtypes)
         if self.stage == 3:
             # tokens and positions are parameters of the backbone itself, read outside its own forward
             for parameter in (*module.backbone.parameters(recurse=False), *module.parameters(recurse=False)):
@@ -198,7 +214,7 @@ class DeepSpeedEngine:
     def _flats(self) -> list[Tensor]:
         """What the optimizer steps: the parameters themselves, or this rank's flat partitions of them."""
         if self.stage == 0:
-            return list(self.parameters)
+            return list(self.parameters.values())
         if self.stage == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return list(self.engine.optimizer.single_partition_of_fp32_groups)
@@ -213,11 +229,11 @@ class DeepSpeedEngine:
     def _gradients(self) -> list[Tensor]:
         """This rank's share of the reduced gradients, between backward and step."""
         if self.stage == 0:
-            return [p.grad for p in self.parameters if p.grad is not None]
+            return [p.grad for p in self.parameters.values() if p.grad is not None]
         partitions = self.engine.optimizer.averaged_gradients.values()
         return [gradient for partition in partitions if partition is not None for gradient in partition]
 
-    def train_step(self, micro_inputs: Iterator[Inputs], lr: float, tally: Tally) -> StepOutput:
+    def train_step(self, micro_inputs: Iterator[Inputs], knobs: Knobs, tally: Tally) -> StepOutput:
         outputs = []
         self.buffers.keep()
         for micro_step in range(self.accumulation_steps):
@@ -234,12 +250,16 @@ class DeepSpeedEngine:
             values, grad_norm, skipped = gather_values(
                 outputs, squares, extra, self.peers.sum, self.peers.world_size
             )
-        set_lr(self.optimizer, lr)
+        if self.optim.clip_norm and self.optim.clip == "tensor":
+            clip_each(self._gradients(), self.optim.clip_norm)  # whole tensors: the stage is 0
+        set_knobs(self.optimizer, knobs)
         self.optimizer.skipping = skipped
         self.engine.step()
         self.optimizer.skipping = False
         if skipped:
             self.buffers.restore()
+        else:
+            self.num_steps += 1
         return StepOutput(values, grad_norm, skipped)
 
     def student(self, of: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -257,25 +277,53 @@ class DeepSpeedEngine:
         return state
 
     def optimizer_state(self) -> OptimizerState:
-        num_steps = int(self.optimizer.state_for(self._flats()[0])["step"])
         tensors = {}
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            for key in STATE_KEYS:
+        for name, parameter in self.parameters.items():
+            for key in self.optimizer.state_keys:
                 if self.stage == 0:
                     value = self.optimizer.state_for(parameter)[key]
                 else:
                     value = self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
                 if self.peers.rank == 0:
                     tensors[f"{key}.{name}"] = value.detach().float().cpu().clone()
-        return OptimizerState(num_steps, tensors)
+        return OptimizerState(self.num_steps, tensors)
+
+    @torch.no_grad()
+    def set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            parameter = self.parameters[name]
+            value = value.to(parameter.device)
+            if self.stage == 3:
+                own = self._own_part(parameter, value)
+                self.deepspeed.utils.safe_set_local_fp32_param(parameter, own)
+                parameter.ds_tensor.data.copy_(own.to(parameter.ds_tensor.dtype))  # type: ignore[attr-defined]
+                continue
+            parameter.copy_(value)
+            if self.stage:
+                self.deepspeed.utils.safe_set_full_fp32_param(parameter, value)
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
+        state.check(self.optimizer.state_keys, self.shapes)
+        self.num_steps = state.num_steps
         for flat in self._flats():
-            self.optimizer.state_for(flat)["step"].fill_(state.num_steps)
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            for key in STATE_KEYS:
-                value = state.tensors[f"{key}.{name}"].to(parameter.device)
-                if self.stage == 0:
-                    self.optimizer.state_for(parameter)[key].copy_(value)
-                else:
-                    self.deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+            own = self.optimizer.state_for(flat)
+            if "step" in own:
+                own["step"].fill_(state.num_steps)
+        for name, parameter in self.parameters.items():
+            for key in self.optimizer.state_keys:
+                self._set_state(parameter, key, state.tensors[f"{key}.{name}"].to(parameter.device))
+
+    def _own_part(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's part of a whole tensor at ZeRO-3, whose own call fails on an uneven division."""
+        length = parameter.ds_tensor.ds_numel
+        padded = F.pad(value.flatten(), (0, length * self.peers.world_size - value.numel()))
+        return padded.narrow(0, length * self.peers.rank, length)
+
+    def _set_state(self, parameter: Any, key: str, value: Tensor) -> None:
+        if self.stage == 0:
+            self.optimizer.state_for(parameter)[key].copy_(value)
+        elif self.stage == 3:
+            own = self._own_part(parameter, value)
+            self.deepspeed.utils.safe_set_local_optimizer_state(parameter, own, key)
+        else:
+            self.deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)

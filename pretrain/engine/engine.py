@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -10,7 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from pretrain.optim import AdamW
+from pretrain.errors import CheckpointError, TrainingError
+from pretrain.optim import Knobs
 from pretrain.tasks.multitask import MultiTask
 from pretrain.views.prepare import Inputs
 
@@ -40,10 +41,38 @@ class EngineConfig(BaseModel):
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """The optimizer's state in the layout of the whole model, whatever the ranks and the ZeRO stage."""
+    """The optimizer's state in the layout of the whole model, whatever the ranks and the ZeRO stage.
+
+    The keys are the optimizer's: `exp_avg` and `exp_avg_sq`, or `momentum_buffer`. What is frozen has none.
+    """
 
     num_steps: int  # steps taken, without the skipped ones
     tensors: dict[str, Tensor]  # "<key>.<parameter name>": shaped like the parameter, fp32, on the CPU
+
+    def check(self, keys: tuple[str, ...], shapes: Mapping[str, torch.Size]) -> None:
+        """Refuse the state of another optimizer, or of another set of trained parameters.
+
+        shapes: of the trained parameters, by name.
+        """
+        found = {name.partition(".")[0] for name in self.tensors}
+        if found != set(keys):
+            raise CheckpointError(
+                f"the checkpoint holds the state of another optimizer ({_listed(found)}; this run's keeps "
+                f"{_listed(set(keys))}); restore the settings under 'optim', or start anew with another "
+                "--output-dir"
+            )
+        expected = {f"{key}.{name}": shape for key in keys for name, shape in shapes.items()}
+        differing = [
+            name
+            for name in {**expected, **self.tensors}
+            if name not in expected or name not in self.tensors or expected[name] != self.tensors[name].shape
+        ]
+        if differing:
+            raise CheckpointError(
+                f"the checkpoint's optimizer state is of other trained parameters ({len(differing)} differ, "
+                f"such as '{differing[0]}'); restore the settings of model and tasks, or start anew "
+                "with another --output-dir"
+            )
 
 
 Tally = Callable[[], Tensor]
@@ -54,9 +83,10 @@ class Engine(Protocol):
 
     module: MultiTask
 
-    def train_step(self, micro_inputs: Iterator[Inputs], lr: float, tally: Tally) -> StepOutput:
+    def train_step(self, micro_inputs: Iterator[Inputs], knobs: Knobs, tally: Tally) -> StepOutput:
         """Take one optimizer step on `accumulation_steps` inputs from the iterator.
 
+        knobs: rate and weight decay of this step, and the epoch it is in.
         tally: asked once the inputs are used up; float64 (E,) of this rank, summed over ranks along with
         the metrics and returned as `extra/0` ... in `values`, so that a step needs one small collective only.
         """
@@ -74,7 +104,13 @@ class Engine(Protocol):
         """Complete on rank 0."""
         ...
 
-    def load_optimizer_state(self, state: OptimizerState) -> None: ...
+    def set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Write full fp32 values, equal on every rank, into trained parameters, by their names."""
+        ...
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Continue from a state that is complete on every rank; CheckpointError if it does not fit."""
+        ...
 
 
 def gather_values(
@@ -110,6 +146,38 @@ def sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
 
+def clip_each(gradients: list[Tensor], max_norm: float) -> None:
+    """Shorten, in place, each gradient that is longer than `max_norm`, whatever the others are.
+
+    As DINO's release, with its 1e-6 (Caron et al., 2021, arXiv:2104.14294).
+    """
+    if gradients:
+        norms = torch.stack(torch._foreach_norm(gradients))
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(factors.unbind()))
+
+
+def buffer_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
+    return {name: buffer.dtype for name, buffer in module.named_buffers()}
+
+
+def check_buffer_dtypes(module: nn.Module, before: Mapping[str, torch.dtype]) -> None:
+    """Raise if something has cast a buffer: queues, centres and running statistics must not be rounded."""
+    after = buffer_dtypes(module)
+    changed = [
+        f"{name} from {before[name]} to {dtype}" for name, dtype in after.items() if dtype != before[name]
+    ]
+    if changed:
+        raise TrainingError(
+            f"DeepSpeed has cast {len(changed)} buffers ({changed[0]}); remove what casts them (data_types, "
+            "bf16, fp16) from engine.deepspeed, or use another version of DeepSpeed"
+        )
+
+
+def _listed(keys: set[str]) -> str:
+    return " and ".join(sorted(keys)) or "nothing"
+
+
 class BufferGuard:
     """Puts back buffers, such as running statistics, that a skipped step has spoilt."""
 
@@ -124,8 +192,3 @@ class BufferGuard:
     def restore(self) -> None:
         for kept, buffer in zip(self._kept, self._buffers, strict=True):
             buffer.copy_(kept)
-
-
-def set_lr(optimizer: AdamW, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr

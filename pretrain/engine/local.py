@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from pretrain.engine.engine import (
     OptimizerState,
     StepOutput,
     Tally,
+    clip_each,
     gather_values,
-    set_lr,
     sum_of_squares,
 )
-from pretrain.optim import STATE_KEYS, OptimConfig, build_optimizer
+from pretrain.optim import Knobs, OptimConfig, ParameterRule, build_optimizer, set_knobs
 from pretrain.tasks.multitask import MultiTask
 from pretrain.views.prepare import Inputs
 
@@ -25,38 +25,48 @@ class LocalEngine:
     """Trains on one process."""
 
     def __init__(
-        self, module: MultiTask, optim: OptimConfig, accumulation_steps: int, precision: str
+        self,
+        module: MultiTask,
+        optim: OptimConfig,
+        accumulation_steps: int,
+        precision: str,
+        rules: Sequence[ParameterRule] = (),
     ) -> None:
         self.module = module.train()
         self.accumulation_steps = accumulation_steps
         self.precision = precision
-        self.clip_norm = optim.clip_norm
-        self.optimizer = build_optimizer(module, optim)
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optim = optim
+        self.optimizer = build_optimizer(module, optim, rules)
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.num_steps = 0
+        self.device_type = next(module.parameters()).device.type
         self.buffers = BufferGuard(module)
 
-    def train_step(self, micro_inputs: Iterator[Inputs], lr: float, tally: Tally) -> StepOutput:
+    def train_step(self, micro_inputs: Iterator[Inputs], knobs: Knobs, tally: Tally) -> StepOutput:
         outputs = []
         self.buffers.keep()
         for _ in range(self.accumulation_steps):
             inputs = next(micro_inputs)
-            with torch.autocast(inputs.images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with torch.autocast(self.device_type, torch.bfloat16, enabled=self.precision == "bf16"):
                 output = self.module(inputs)
             (output["total"] / self.accumulation_steps).backward()
             outputs.append({name: value.detach() for name, value in output.items()})
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         extra = tally()
         squares = sum_of_squares(gradients, extra.device)
         values, grad_norm, skipped = gather_values(
             outputs, squares, extra, lambda vector: vector, world_size=1
         )
-        if self.clip_norm:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        set_lr(self.optimizer, lr)
+        if self.optim.clip_norm and self.optim.clip == "tensor":
+            clip_each(gradients, self.optim.clip_norm)
+        elif self.optim.clip_norm:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.optim.clip_norm)
+        set_knobs(self.optimizer, knobs)
         if skipped:
             self.buffers.restore()
         else:
             self.optimizer.step()
+            self.num_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
         return StepOutput(values, grad_norm, skipped)
 
@@ -69,16 +79,23 @@ class LocalEngine:
 
     def optimizer_state(self) -> OptimizerState:
         tensors: dict[str, Tensor] = {}
-        num_steps = 0
-        for name, parameter in self.module.named_parameters():
-            state = self.optimizer.state_for(parameter)
-            num_steps = int(state["step"])
-            tensors |= {f"{key}.{name}": state[key].cpu().clone() for key in STATE_KEYS}
-        return OptimizerState(num_steps, tensors)
+        for name, parameter in self.parameters.items():
+            own = self.optimizer.state_for(parameter)
+            tensors |= {f"{key}.{name}": own[key].cpu().clone() for key in self.optimizer.state_keys}
+        return OptimizerState(self.num_steps, tensors)
+
+    @torch.no_grad()
+    def set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.module.get_parameter(name).copy_(value)
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
-        for name, parameter in self.module.named_parameters():
+        keys = self.optimizer.state_keys
+        state.check(keys, {name: parameter.shape for name, parameter in self.parameters.items()})
+        self.num_steps = state.num_steps
+        for name, parameter in self.parameters.items():
             own = self.optimizer.state_for(parameter)
-            own["step"].fill_(state.num_steps)
-            for key in STATE_KEYS:
+            if "step" in own:
+                own["step"].fill_(state.num_steps)
+            for key in keys:
                 own[key].copy_(state.tensors[f"{key}.{name}"])
