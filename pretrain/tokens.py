@@ -45,6 +45,13 @@ class TokenLayout:
         """(B, N, D) -> (B, P, D), row by row"""
         return tokens[:, self.num_prefix :]
 
+    def image_feature(self, tokens: Tensor) -> Tensor:
+        """What stands for the whole image: the class token, or without one the mean of the patch tokens.
+
+        (B, N, D) -> (B, D)
+        """
+        return self.class_token(tokens) if self.has_class_token else self.patches(tokens).mean(dim=1)
+
     def prefix(self, tokens: Tensor) -> Tensor:
         """Class token and registers. (B, N, D) -> (B, N - P, D)"""
         return tokens[:, : self.num_prefix]

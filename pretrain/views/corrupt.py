@@ -18,14 +18,16 @@ def put(values: Tensor, index: Tensor, new: Tensor) -> Tensor:
     return values.scatter(1, index.view(index.shape + (1,) * (values.dim() - 2)).expand_as(new), new)
 
 
-def augment_tiles(tiles: Tensor, plan: TilePlan) -> Tensor:
+def augment_tiles(tiles: Tensor, plan: TilePlan, normalized: bool = False) -> Tensor:
     """Crop and resize back, jitter and grey each patch, so that borders and colours give no neighbour away.
 
-    tiles: (M, T, 3, P, P) in [0, 1], the patches that go to `plan.index`.
+    tiles: (M, T, 3, P, P) in [0, 1], the patches that go to `plan.index`. `normalized` says that they are not
+    in [0, 1]; jittered ones are clamped to it then all the same, as in RelViT's release.
     """
     images = tiles.flatten(0, 1)  # (M * T, 3, P, P)
     images = crop_resize_tiles(images, plan.offset_px.flatten(0, 1), tile_crop_px(tiles.shape[-1]))
-    images = color_jitter(images, plan.jitter)
+    jittered = color_jitter(images, plan.jitter)
+    images = torch.where(plan.jitter.apply.view(-1, 1, 1, 1), jittered, images) if normalized else jittered
     images = torch.where(plan.gray.view(-1, 1, 1, 1), to_gray(images), images)
     return images.view_as(tiles)
 
@@ -50,6 +52,17 @@ def corrupt(clean: Tensor, plan: ViewPlan, patch_px: int, inpaint_pixels: Tensor
         )  # as plan.tiles.index, but moved
         corrupted = put(corrupted, plan.tiles.index, augment_tiles(take(patches, source), plan.tiles))
     return join_patches(corrupted, clean.shape[3] // patch_px)
+
+
+def augment_patches(images: Tensor, plan: TilePlan, patch_px: int, normalized: bool = False) -> Tensor:
+    """Augment every patch of an image on its own, where `plan` lists all of them in order. Same shape."""
+    patches = split_patches(images, patch_px)  # (M, N, 3, P, P)
+    return join_patches(augment_tiles(patches, plan, normalized), images.shape[3] // patch_px)
+
+
+def shuffle_patches(images: Tensor, source: Tensor, patch_px: int) -> Tensor:
+    """Show at place i the patch `source[:, i]`, int64 (M, N). Same shape as the images."""
+    return join_patches(take(split_patches(images, patch_px), source), images.shape[3] // patch_px)
 
 
 def relative_position_label(first: Tensor, second: Tensor, columns: int) -> Tensor:

@@ -100,6 +100,26 @@ def to_float(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
+def shift(images: Tensor, shift_px: Tensor, border: Literal["black", "mirror"]) -> Tensor:
+    """Move each image down and right (or up and left, where negative), by less than its side.
+
+    images: uint8 (M, S, S, 3); shift_px: int64 (M, 2). What comes in over the border is black, or mirrored
+    without repeating the edge. With black this is a random crop of the padded image.
+    """
+    side = images.shape[1]
+    place = torch.arange(side, device=images.device)
+    source = place - shift_px.unsqueeze(2)  # (M, 2, S)
+    mirrored = source.abs()
+    mirrored = torch.where(mirrored >= side, 2 * (side - 1) - mirrored, mirrored)
+    rows, columns = mirrored.clamp(0, side - 1).unbind(1)
+    number = torch.arange(len(images), device=images.device).view(-1, 1, 1)
+    moved = images[number, rows.unsqueeze(2), columns.unsqueeze(1)]  # (M, S, S, 3)
+    if border == "mirror":
+        return moved
+    inside = (source >= 0) & (source < side)
+    return moved * (inside[:, 0].unsqueeze(2) & inside[:, 1].unsqueeze(1)).unsqueeze(3)
+
+
 def flip(images: Tensor, apply: Tensor) -> Tensor:
     """Mirror left and right where `apply`, bool (M,), says so."""
     return torch.where(_per_sample(apply), images.flip(3), images)

@@ -7,10 +7,10 @@ time, the label for the tasks that predict geometry.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import IntEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from pretrain.randomness import uniform
 from pretrain.views import patch_plan
+from pretrain.views.local import LocalConfig, LocalPlan, draw_local
+from pretrain.views.masks import MaskConfig, MaskPlan, draw_mask
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
@@ -39,6 +41,12 @@ class Stream(IntEnum):
     TILE_CROP = 10
     TILE_JITTER = 11
     TILE_GRAY = 12
+    SHIFT = 13
+    SHUFFLE = 14
+    MASK = 15
+    SHARED_MASK = 16  # common to all images of a micro step
+    LOCAL = 17
+    NOISE = 18
 
 
 STREAMS_PER_VIEW = 64
@@ -67,19 +75,72 @@ class BlurConfig(_Settings):
 
 
 class ViewConfig(_Settings):
-    """How one view of an image is made, in this order: crop, flip, colours, blur, solarize, turn, patches."""
+    """How one view of an image is made, in this order: crop, shift, flip, colours, blur, solarize, turn, then
+    what hides or damages parts of it: patch tasks, patch augmentation, shuffling, local corruption, mask."""
 
+    # takes the random numbers of this other view, given by name or place: the same crop, colours and turn
+    like: str | Annotated[int, Field(ge=0)] | None = None
     size_px: Annotated[int, Field(gt=0)] = 224
     scale: tuple[float, float] = (0.2, 1.0)  # area of the crop as a ratio of the image's
     aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    # move the crop by up to so many px each way, over a border of black or of mirrored pixels; with a scale
+    # of 1 this is a random crop of the padded image
+    shift_px: Annotated[int, Field(ge=0)] = 0
+    shift_border: Literal["black", "mirror"] = "black"
     flip_prob: Ratio = 0.5
     jitter: JitterConfig = JitterConfig()
     gray_prob: Ratio = 0.2
     blur: BlurConfig = BlurConfig()
     solarize_prob: Ratio = 0.0
     turn: bool = False  # rotate by a random quarter turn
+    fixed_turn: Annotated[int, Field(ge=0, le=3)] = 0  # quarter turns that are always added
     corrupt: bool = True  # apply the patch-level tasks to this view
+    patch_augment: bool = False  # crop and resize back, jitter and grey every patch on its own
+    legacy_jitter_after_norm: bool = False  # jitter those patches after normalisation, as RelViT's release
+    shuffle: bool = False  # move the patches to random places
+    local: LocalConfig | None = None  # damage parts of the view, which a task repairs
+    mask: MaskConfig | None = None  # hide patches from the encoder
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What views must agree on to be encoded in one call."""
+        patches = (self.corrupt, self.patch_augment, self.legacy_jitter_after_norm, self.shuffle)
+        border = self.shift_border if self.shift_px else None
+        return (self.size_px, *patches, self.local, self.mask, border)
+
+
+def encoder_calls(views: Mapping[str, ViewConfig]) -> tuple[tuple[str, ...], ...]:
+    """The views that are encoded in one call, by name; calls and views in order of first mention."""
+    shapes: dict[tuple[object, ...], list[str]] = {}
+    for name, view in views.items():
+        shapes.setdefault(view.shape, []).append(name)
+    return tuple(tuple(names) for names in shapes.values())
+
+
+def stream_indices(views: Mapping[str, ViewConfig]) -> tuple[int, ...]:
+    """Whose random numbers each view takes, by place: its own, or those of the view it is `like`, which may
+    be like another in turn. ValueError where views are like each other."""
+    names, all_views = list(views), list(views.values())
+
+    def followed(place: int, seen: tuple[int, ...] = ()) -> int:
+        like = all_views[place].like
+        like = names.index(like) if isinstance(like, str) else like
+        if like is None or like == place:
+            return place
+        if place in seen:
+            raise ValueError(f"{' and '.join(names[i] for i in sorted(set(seen)))} are like each other")
+        return followed(like, (*seen, place))
+
+    return tuple(followed(place) for place in range(len(names)))
+
+
+def in_places(views: Mapping[str, ViewConfig]) -> list[ViewConfig]:
+    """The views in order, without names: what they are `like` is given by place."""
+    return [
+        view if view.like is None else view.model_copy(update={"like": place})
+        for view, place in zip(views.values(), stream_indices(views), strict=True)
+    ]
 
 
 def crop_boxes(
@@ -96,7 +157,7 @@ def crop_boxes(
     epochs, sample_ids, heights, widths: int64 (B,); sizes in px.
     Returns int64 (B, 4): top, left, height, width.
     """
-    stream = view_index * STREAMS_PER_VIEW + Stream.CROP
+    stream = (config.like if isinstance(config.like, int) else view_index) * STREAMS_PER_VIEW + Stream.CROP
     draws = uniform(seed, epochs, sample_ids, stream, 2 * CROP_TRIES + 2).double()
     height, width = heights.double().unsqueeze(1), widths.double().unsqueeze(1)
     low, high = config.scale
@@ -156,6 +217,7 @@ class PatchSets:
     jigsaw: Tensor  # int64 (M, jigsaw): slots; ascending in slot mode, cell by cell in permset mode
     jigsaw_source: Tensor  # int64 (M, jigsaw): slot a receives the content of this patch
     jigsaw_class: Tensor  # int64 (M,): which permutation, in permset mode; else 0
+    shuffled: Tensor | None = None  # int64 (M, N): place i shows the content of this patch; None: its own
 
 
 @dataclass(frozen=True)
@@ -189,6 +251,28 @@ class ViewPlan:
     quarter_turns: Tensor  # int64 (M,) in 0..3, clockwise
     patches: PatchSets
     tiles: TilePlan
+    shift_px: Tensor | None = None  # int64 (M, 2): down and right; None where no view is moved
+    local: LocalPlan | None = None
+    mask: MaskPlan | None = None
+
+    def rows(self, index: Tensor | slice) -> ViewPlan:
+        """The numbers of some of the views: int64 (K,), or a slice."""
+        chosen: ViewPlan = _rows(self, index, len(self.flip))
+        return chosen
+
+
+def _rows(value: Any, index: Tensor | slice, num_rows: int) -> Any:
+    """Some rows of all tensors of a plan, however deep; single patches have several rows for each view."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{part.name: _rows(getattr(value, part.name), index, num_rows) for part in fields(value)}
+        )
+    if not isinstance(value, Tensor) or len(value) == 0:
+        return value
+    if len(value) == num_rows:
+        return value[index]
+    of_views = value.reshape(num_rows, -1, *value.shape[1:])
+    return of_views[index].reshape(-1, *value.shape[1:])
 
 
 TILE_ZOOM = 1.15  # a tile is a crop of 1 / TILE_ZOOM of a patch, resized back
@@ -279,25 +363,32 @@ def draw_view_plan(
     seed: int,
     epochs: Tensor,
     sample_ids: Tensor,
-    first_view_index: int = 0,
+    view_indices: Sequence[int] | None = None,
+    micro_step: int = 0,
 ) -> ViewPlan:
     """Decide everything about V views of B images but where to crop (`crop_boxes`); view-major, M = V * B.
 
-    epochs, sample_ids: int64 (B,). The views are those of one encoder call: of one size, and either all with
-    patch tasks or all without (`corrupt`), because their patch sets share rectangular tensors; without, all
-    sets have width 0. The numbers of view v come from the streams of `first_view_index + v`, so how views are
-    grouped changes none of them.
+    epochs, sample_ids: int64 (B,). The views are those of one encoder call: they agree on `ViewConfig.shape`,
+    because their patch sets share rectangular tensors. Without patch tasks all sets have width 0. The numbers
+    of view v come from the streams of `view_indices[v]` (by default v), so how views are grouped changes none
+    of them. micro_step: counts the micro steps of the run; from it come numbers that all images share.
     """
-    if len({(view.size_px, view.corrupt) for view in views}) != 1:
-        raise ValueError("views drawn together must agree on size_px and corrupt; draw a plan for each group")
-    if patches is None or not views[0].corrupt:
+    if len({view.shape for view in views}) != 1:
+        raise ValueError("views drawn together must agree on their shape; draw a plan for each group")
+    grid, patch_px = (patches.grid, patches.patch_px) if patches is not None else ((1, 1), 1)
+    if patches is None or not views[0].corrupt or not patches.total:
         patches = PatchConfig(grid=(1, 1), patch_px=1)  # no tasks
+    streams = range(len(views)) if view_indices is None else view_indices
 
     def draw(stream: Stream, n: int) -> Tensor:
-        first = first_view_index * STREAMS_PER_VIEW + stream
-        return torch.cat(
-            [uniform(seed, epochs, sample_ids, first + v * STREAMS_PER_VIEW, n) for v in range(len(views))]
-        )
+        of_views = [uniform(seed, epochs, sample_ids, v * STREAMS_PER_VIEW + stream, n) for v in streams]
+        return torch.cat(of_views)
+
+    def shared(n: int) -> Tensor:
+        """Numbers that all images of this micro step have in common, on every rank. On the CPU: they decide
+        about shapes, and asking a GPU for those would make it wait."""
+        counter = torch.tensor(micro_step)
+        return uniform(seed, 0, counter, streams[0] * STREAMS_PER_VIEW + Stream.SHARED_MASK, n)
 
     settings = [
         [
@@ -311,13 +402,41 @@ def draw_view_plan(
     blur_draws = draw(Stream.BLUR, 2)
     sigma_px = torch.lerp(sigma_low, sigma_high, blur_draws[:, 1])
     sets = draw_patch_sets(patches, draw)
+    view, num_patches = views[0], grid[0] * grid[1]
+    if view.shuffle:
+        order = draw(Stream.SHUFFLE, num_patches).argsort(dim=1, stable=True)
+        sets = replace(sets, shuffled=order)
+    augmented = torch.cat([sets.pairs.flatten(1), sets.jigsaw], dim=1)
+    if view.patch_augment:
+        augmented = torch.arange(num_patches, device=sample_ids.device).expand(len(rows), -1)
+    fixed = torch.tensor([view.fixed_turn for view in views], device=sample_ids.device)
+    fixed = fixed.repeat_interleave(len(sample_ids))
+    reach = torch.tensor([view.shift_px for view in views], device=sample_ids.device)
+    reach = reach.repeat_interleave(len(sample_ids)).unsqueeze(1)
+    shift = None
+    if any(view.shift_px for view in views):
+        shift = (draw(Stream.SHIFT, 2) * (2 * reach + 1)).long() - reach
     return ViewPlan(
         flip=draw(Stream.FLIP, 1)[:, 0] < flip,
         jitter=_jitter(draw(Stream.JITTER, 9), jitter.unsqueeze(1), rows[:, 8:]),
         gray=draw(Stream.GRAY, 1)[:, 0] < gray,
         blur_sigma_px=torch.where(blur_draws[:, 0] < blur, sigma_px, 0.0),
         solarize=draw(Stream.SOLARIZE, 1)[:, 0] < solarize,
-        quarter_turns=(draw(Stream.TURN, 1)[:, 0] * turns).long(),
+        quarter_turns=((draw(Stream.TURN, 1)[:, 0] * turns).long() + fixed) % 4,
         patches=sets,
-        tiles=draw_tile_plan(torch.cat([sets.pairs.flatten(1), sets.jigsaw], dim=1), patches.patch_px, draw),
+        tiles=draw_tile_plan(augmented, patch_px, draw),
+        shift_px=shift,
+        local=None
+        if view.local is None
+        else draw_local(
+            view.local,
+            num_images=len(sample_ids),
+            num_views=len(views),
+            side_px=view.size_px,
+            patch_px=patch_px,
+            draw=lambda n: draw(Stream.LOCAL, n),
+        ),
+        mask=None
+        if view.mask is None
+        else draw_mask(view.mask, grid, lambda n: draw(Stream.MASK, n), shared),
     )

@@ -173,8 +173,9 @@ def test_an_empty_batch_stays_empty() -> None:
 
 def test_prepared_images_without_patch_tasks_are_the_normalized_clean_ones() -> None:
     crops = torch.stack([_crops(4, 16), _crops(4, 16).flip(1)])
-    recipe = Recipe(("one", "two"), (EVERYTHING, EVERYTHING), PatchConfig((2, 2), 8), MEAN, STD)
+    recipe = Recipe({"one": EVERYTHING, "two": EVERYTHING}, PatchConfig((2, 2), 8), MEAN, STD)
     ids = torch.arange(4)
     inputs = prepare(recipe, 0, crops, torch.zeros_like(ids), ids)
-    assert torch.equal(inputs.clean, pixels_cpu.render(crops.flatten(0, 1), inputs.plan))
-    assert torch.equal(inputs.images, pixels_cpu.normalize(inputs.clean, MEAN, STD))
+    (group,) = inputs.groups
+    assert torch.equal(group.clean, pixels_cpu.render(crops.flatten(0, 1), group.plan))
+    assert torch.equal(group.images, pixels_cpu.normalize(group.clean, MEAN, STD))

@@ -56,7 +56,7 @@ def _tensors(plan: object) -> Iterator[Tensor]:
         value = getattr(plan, field.name)
         if is_dataclass(value):
             yield from _tensors(value)
-        else:
+        elif value is not None:
             yield value
 
 
@@ -114,7 +114,7 @@ def test_a_view_drawn_alone_is_the_view_drawn_in_a_group() -> None:
     ids = torch.arange(6)
     epochs = torch.zeros_like(ids)
     group = draw_view_plan([VIEW, VIEW], MIXED, 1, epochs, ids)
-    second = draw_view_plan([VIEW], MIXED, 1, epochs, ids, first_view_index=1)
+    second = draw_view_plan([VIEW], MIXED, 1, epochs, ids, view_indices=[1])
     assert torch.equal(second.jitter.factors, group.jitter.factors[6:])
     assert torch.equal(_all_sets(second), _all_sets(group)[6:])
     assert not torch.equal(_all_sets(group)[:6], _all_sets(group)[6:])
