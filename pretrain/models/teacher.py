@@ -1,4 +1,4 @@
-"""The averaged teacher: a copy of the student's backbone that follows it slowly, always in fp32."""
+"""The averaged teacher: a copy of the student's backbone and some heads that follows it slowly, in fp32."""
 
 from __future__ import annotations
 
@@ -8,37 +8,82 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from pretrain.models.backbone import encode
+from pretrain.tokens import TokenLayout
+
 
 class Teacher:
-    """An exponential moving average of a student module, outside the engine and without gradients.
+    """An exponential moving average of parts of the student, outside the engine and without gradients.
 
-    Kept in fp32: in bf16 an update with momentum 0.996 rounds to nothing (METHODS A3).
+    Kept in fp32: in bf16 an update with momentum 0.996 rounds to nothing (METHODS A3). The backbone is in
+    eval mode, without dropout and drop path; heads are in training mode, because their batch norms use the
+    statistics of the teacher's own batch and keep running statistics of their own (which nothing reads, and
+    which a skipped step moves too).
     """
 
-    def __init__(self, student: nn.Module) -> None:
-        self.module = copy.deepcopy(student).float().eval().requires_grad_(False)
+    def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module] | None = None) -> None:
+        """heads: by the name under which the student has them, such as `tasks.moco_v3.projector`."""
+        self.backbone = _copy_of(backbone).eval()
+        self.heads = {name: _copy_of(head).train() for name, head in (heads or {}).items()}
+        self.num_calls = 0  # encoder passes since the teacher was made
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, layout: TokenLayout) -> Tensor:
+        """Clean and whole views, normalised, (M, 3, H, W) -> (M, N, D)"""
+        self.num_calls += 1
+        return encode(self.backbone, images, layout).final
+
+    @torch.no_grad()
+    def project(self, head: str, features: Tensor) -> Tensor:
+        """What a head makes of the image features of one view, (B, D) -> (B, d)"""
+        projected: Tensor = self.heads[head](features)
+        return projected
 
     @torch.no_grad()
     def update(self, student: Iterable[tuple[str, Tensor]], momentum: float) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student.
 
-        student: names as in this module, with full fp32 parameters, and buffers, which are copied.
+        student: names as in `state_dict`, with full fp32 parameters. Buffers of the backbone are copied;
+        those of the heads are the teacher's own.
         """
-        own_parameters = dict(self.module.named_parameters())
-        own_buffers = dict(self.module.named_buffers())
+        parameters, buffers = self._parameters(), dict(self.backbone.named_buffers(prefix="backbone"))
         for name, value in student:
-            target = own_parameters.pop(name, None)
+            target = parameters.pop(name, None)
             if target is not None:
                 if value.shape != target.shape:
                     raise ValueError(f"teacher: '{name}' is {tuple(value.shape)}, not {tuple(target.shape)}")
                 target.lerp_(value.detach().to(target.device, torch.float32), 1.0 - momentum)
-            else:
-                own_buffers[name].copy_(value)
-        if own_parameters:
-            raise ValueError(f"teacher: the student gave no '{next(iter(own_parameters))}'")
+            elif name in buffers:
+                buffers[name].copy_(value)
+        if parameters:
+            raise ValueError(f"teacher: the student gave no '{next(iter(parameters))}'")
+
+    def _parameters(self) -> dict[str, Tensor]:
+        named = dict(self.backbone.named_parameters(prefix="backbone"))
+        for name, head in self.heads.items():
+            named |= dict(head.named_parameters(prefix=name))
+        return named  # type: ignore[return-value]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the student's modules that are averaged."""
+        return ("backbone", *self.heads)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.module.state_dict())
+        """Parameters and buffers by the names they have in the student."""
+        state = dict(self.backbone.state_dict(prefix="backbone."))
+        for name, head in self.heads.items():
+            state |= head.state_dict(prefix=f"{name}.")
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.module.load_state_dict(state)
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            example = next(iter(own.keys() ^ state.keys()))
+            raise ValueError(f"teacher: the state is another network's, for example in '{example}'")
+        for name, value in own.items():
+            value.copy_(state[name])
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).float().requires_grad_(False)

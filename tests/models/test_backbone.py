@@ -8,10 +8,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pretrain.errors import ConfigError
-from pretrain.models.backbone import BackboneConfig, TokenFill, create_backbone, encode, layout_of, model_args
+from pretrain.models.backbone import (
+    BackboneConfig,
+    Level,
+    TokenFill,
+    accept_any_size,
+    create_backbone,
+    encode,
+    layout_of,
+    levels_of,
+    model_args,
+    num_features,
+)
 from pretrain.tokens import TokenLayout
 
 SMALL: dict[str, Any] = {"depth": 3, "embed_dim": 24, "num_heads": 2}
+SWIN_NAME: dict[str, Any] = {"name": "swin_tiny_patch4_window7_224", "img_px": 64, "args": {}}
 BASE = BackboneConfig(name="vit_tiny_patch16_224", img_px=16, patch_px=4, args=SMALL)
 NO_CLASS = BASE.model_copy(update={"class_token": False})
 REGISTERS = ("rotation", "clustering")
@@ -72,7 +84,7 @@ def test_without_fills_the_tokens_are_those_of_stock_timm(variant: str) -> None:
         vector = torch.randn(1, 1, vit.embed_dim)
         unfilled = encode(vit, images, layout, TokenFill(nothing, vector, nothing, vector))
     assert found.final.shape == (2, layout.num_tokens, vit.embed_dim)
-    assert found.taps == ()
+    assert found.taps == {}
     torch.testing.assert_close(found.final, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(unfilled.final, expected, rtol=1e-6, atol=1e-6)
 
@@ -102,9 +114,11 @@ def test_taps_are_the_outputs_of_the_blocks_asked_for_before_the_final_norm() ->
     with torch.no_grad():
         tokens = encode(vit, images_for(BASE), layout, taps=(0, 2))
     assert len(tokens.taps) == 2
-    assert torch.equal(tokens.taps[0], outputs[0])
-    assert torch.equal(tokens.taps[1], outputs[2])
-    assert torch.equal(vit.norm(tokens.taps[1]), tokens.final)
+    for level, tapped in tokens.taps.items():
+        assert tapped.shape == (2, 24, 4, 4)
+        assert torch.equal(tapped.flatten(2).mT, layout.patches(outputs[level]))
+    assert tuple(tokens.taps) == (0, 2)
+    assert torch.equal(vit.norm(outputs[2]), tokens.final)
 
 
 def gradients(
@@ -229,7 +243,11 @@ def test_a_fill_of_another_precision_keeps_the_precision_of_the_tokens() -> None
         ({"img_px": 30}, "^model.img_px: 30 px are not whole 4 px patches; use 28 or 32$"),
         ({"img_px": 3}, "^model.img_px: 3 px .*; use 4$"),
         ({"args": {"dephth": 3}}, "^model.args: timm refuses them .*'dephth'"),
-        ({"name": "swin_tiny_patch4_window7_224", "args": {}}, "^model"),
+        (
+            {"name": "swin_tiny_patch4_window7_224", "args": {}},
+            "^model.img_px: 16 px .* 32 px patches; use 32",
+        ),
+        ({**SWIN_NAME, "pos_embed": "none"}, "^model.pos_embed: does not apply to a Swin"),
         ({"name": "resnet18", "args": {}}, "^model"),
     ],
 )
@@ -246,3 +264,122 @@ def test_registers_and_class_token_follow_the_settings() -> None:
         assert vit.patch_embed.num_patches == layout.num_patches
         assert (vit.pos_embed is None) == (config.pos_embed == "none")
         assert isinstance(vit.head, torch.nn.Identity)
+
+
+# --- another size, fewer patches, other families
+
+
+def test_kept_patches_go_on_with_their_own_places_and_dropped_pixels_change_nothing() -> None:
+    """T-MAE-4 and T-MAE-5."""
+    vit, layout = build(BASE, REGISTERS)
+    images = images_for(BASE)
+    kept = torch.tensor([[0, 5, 9], [2, 3, 15]])
+    with torch.no_grad():
+        tokens = encode(vit, images, layout, kept=kept).final
+        assert tokens.shape == (2, layout.num_prefix + 3, 24)
+        # by hand: timm's own embedding of everything, then a choice
+        embedded = vit._pos_embed(vit.patch_embed(images))
+        chosen = torch.stack(
+            [layout.patches(row[None])[0, index] for row, index in zip(embedded, kept, strict=True)]
+        )
+        x = torch.cat([layout.prefix(embedded), chosen], dim=1)
+        torch.testing.assert_close(tokens, vit.norm(vit.blocks(x)), rtol=1e-6, atol=1e-6)
+        changed = images.clone()
+        changed[0, :, 0:4, 4:8] = 99.0  # patch 1 of the first image
+        assert torch.equal(encode(vit, changed, layout, kept=kept).final, tokens)
+
+
+def test_views_of_another_size_get_interpolated_positions_for_patches_only() -> None:
+    vit, _ = build(BASE, REGISTERS)
+    accept_any_size(vit)
+    layout = layout_of(BASE, REGISTERS, size_px=8)
+    assert layout.grid == (2, 2)
+    images = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        tokens = encode(vit, images, layout).final
+        before, of_patches = vit.pos_embed[:, : layout.num_prefix], vit.pos_embed[:, layout.num_prefix :]
+        small = torch.nn.functional.interpolate(
+            of_patches.mT.unflatten(2, (4, 4)), size=(2, 2), mode="bicubic", align_corners=False
+        )
+        x = vit.patch_embed(images) + small.flatten(2).mT
+        prefix = torch.cat([vit.cls_token, vit.reg_token], dim=1) + before
+        x = vit.norm(vit.blocks(torch.cat([prefix.expand(3, -1, -1), x], dim=1)))
+    assert tokens.shape == (3, 3 + 4, 24)
+    torch.testing.assert_close(tokens, x, rtol=1e-5, atol=1e-5)
+
+
+SWIN = BackboneConfig(
+    name="swin_tiny_patch4_window7_224",
+    img_px=64,
+    patch_px=4,
+    args={"embed_dim": 12, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 4), "window_size": 4},
+)
+
+
+def test_a_swin_gives_stock_timms_features_and_taps_each_stage_before_merging() -> None:
+    torch.manual_seed(0)
+    swin = create_backbone(SWIN).eval()
+    layout = layout_of(SWIN, ())
+    assert (layout.grid, layout.num_prefix, num_features(swin)) == ((2, 2), 0, 96)
+    assert levels_of(swin) == (Level(12, 4), Level(24, 8), Level(48, 16), Level(96, 32))
+    images = torch.randn(2, 3, 64, 64)
+    outputs: list[Tensor] = []
+    for stage in swin.layers:
+        stage.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        tokens = encode(swin, images, layout, taps=(0, 1, 2, 3))
+        torch.testing.assert_close(tokens.final, swin.forward_features(images).flatten(1, 2))
+        torch.testing.assert_close(layout.image_feature(tokens.final), swin(images))
+    assert [tuple(tap.shape) for tap in tokens.taps.values()] == [
+        (2, 12, 16, 16), (2, 24, 8, 8), (2, 48, 4, 4), (2, 96, 2, 2),
+    ]  # fmt: skip
+    for level, tap in tokens.taps.items():
+        assert torch.equal(tap.permute(0, 2, 3, 1), outputs[level])
+
+
+def test_recomputing_the_stages_of_a_swin_gives_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    swin, layout, images = create_backbone(SWIN), layout_of(SWIN, ()), torch.randn(2, 3, 64, 64)
+    found = []
+    for recompute in (False, True):
+        swin.zero_grad()
+        encode(swin, images, layout, recompute=recompute).final.square().mean().backward()
+        found.append([parameter.grad.clone() for parameter in swin.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_swin_has_no_place_for_registers() -> None:
+    with pytest.raises(ConfigError, match="no place for the register tokens"):
+        create_backbone(SWIN, 1)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "t2t_vit_14"])
+def test_frozen_parts_take_no_gradient_and_the_rest_does(name: str) -> None:
+    """T-M3-3 and T-MAE-6: the patch embedding of MoCo v3 and fixed positions."""
+    small = BackboneConfig(
+        name="vit_tiny_patch16_224",
+        img_px=16,
+        patch_px=4,
+        pos_embed="sincos_moco",
+        init="moco",
+        freeze_patch_embed=True,
+        args=SMALL,
+    )
+    config = small if name != "t2t_vit_14" else BackboneConfig(name=name, img_px=32, args=SMALL)
+    torch.manual_seed(0)
+    vit = create_backbone(config, 1)
+    layout = layout_of(config, ("rotation",))
+    encode(vit, images_for(config), layout).final.sin().mean().backward()
+    fixed = {name for name, parameter in vit.named_parameters() if parameter.grad is None}
+    expected = {"patch_embed.proj.weight", "patch_embed.proj.bias"} if name != "t2t_vit_14" else set()
+    assert fixed == {"pos_embed"} | expected
+
+
+def test_a_t2t_vit_gives_its_own_forward_features() -> None:
+    config = BackboneConfig(name="t2t_vit_14", img_px=32, args={"depth": 2, "embed_dim": 24, "num_heads": 2})
+    torch.manual_seed(0)
+    vit = create_backbone(config, 1).eval()
+    layout = layout_of(config, ("rotation",))
+    images = images_for(config)
+    with torch.no_grad():
+        torch.testing.assert_close(encode(vit, images, layout).final, vit.forward_features(images))

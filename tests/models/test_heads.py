@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain.models.heads import PeerBatchNorm, mlp, projection_head, synchronize_batch_norm
+from pretrain.models.heads import (
+    PeerBatchNorm,
+    PrototypeHead,
+    WeightNormLinear,
+    mlp,
+    per_view,
+    projection_head,
+    synchronize_batch_norm,
+)
 from pretrain.peers import ALONE, Peers
 
 
@@ -42,9 +50,88 @@ def test_projection_head_has_the_widths_of_the_paper() -> None:
     assert isinstance(head[-1], nn.Linear)
 
 
-def test_peer_batch_norm_alone_equals_torch_in_training_and_evaluation() -> None:
+def test_a_norm_after_the_last_layer_has_no_scale_and_shift_and_takes_the_place_of_the_bias() -> None:
+    head = mlp([4, 5, 6], norm=True, activation=nn.ReLU, last_norm=True)
+    assert [type(layer) for layer in head] == [
+        nn.Linear,
+        nn.BatchNorm1d,
+        nn.ReLU,
+        nn.Linear,
+        nn.BatchNorm1d,
+    ]
+    assert head[0].bias is None
+    assert head[1].affine
+    assert head[3].bias is None
+    assert not head[4].affine
+    out = head(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) * 3 + 1)
+    torch.testing.assert_close(out.mean(dim=0), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.var(dim=0, correction=0), torch.ones(6), atol=1e-3, rtol=0)
+
+
+def test_without_bias_no_layer_has_one() -> None:
+    assert [layer.bias for layer in mlp([4, 5, 6, 7], bias=False) if isinstance(layer, nn.Linear)] == [
+        None
+    ] * 3
+    plain = projection_head(4, 5, 6, num_layers=1)
+    assert [type(layer) for layer in plain] == [nn.Linear]
+    assert plain[0].bias is not None
+
+
+def test_per_view_normalizes_each_view_with_its_own_statistics() -> None:
+    """Two views a thousand apart: by themselves both have mean 0, together neither has."""
+    norm = nn.BatchNorm1d(2, affine=False)
+    first = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    rows = torch.cat([first, first + 1000])
+    apart, together = per_view(norm, rows, 2), norm(rows)
+    torch.testing.assert_close(apart[:8], apart[8:], atol=1e-3, rtol=0)
+    assert apart[:8].mean().abs() < 1e-3
+    assert together[:8].mean() < -0.9
+    assert norm.num_batches_tracked == 3
+
+
+def test_rows_of_a_weight_normalized_layer_have_the_length_of_their_gain() -> None:
+    torch.manual_seed(0)
+    layer = WeightNormLinear(5, 7, learn_gain=True)
+    layer.direction.data *= torch.linspace(0.1, 30, 7).unsqueeze(1)
+    inputs = torch.randn(3, 5)
+    expected = inputs @ (layer.direction / layer.direction.norm(dim=1, keepdim=True)).T
+    torch.testing.assert_close(layer(inputs), expected)
+    layer.gain.data[2] = 4.0
+    torch.testing.assert_close(layer(inputs)[:, 2], 4 * expected[:, 2])
+    fixed = WeightNormLinear(5, 7)
+    assert [name for name, _ in fixed.named_parameters()] == ["direction"]
+    fixed(inputs).square().sum().backward()
+    along = (fixed.direction.grad * fixed.direction).sum(dim=1)
+    torch.testing.assert_close(along, torch.zeros(7), atol=1e-4, rtol=0)  # the length has no gradient
+
+
+def test_prototype_head_gives_cosines_with_the_widths_of_the_paper_and_survives_a_copy() -> None:
+    """B3.7: D -> 2048 -> 2048 -> 256, then unit length and 65536 unit rows."""
+    with torch.device("meta"):
+        layers = [layer for layer in PrototypeHead(384).modules() if hasattr(layer, "weight")]
+        assert [tuple(layer.weight.shape) for layer in layers] == [(2048, 384), (2048, 2048), (256, 2048)]
+        assert tuple(PrototypeHead(384).last.direction.shape) == (65536, 256)
+    torch.manual_seed(0)
+    head = PrototypeHead(6, 8, 4, 5)
+    rows = torch.randn(9, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(rows)
+    assert logits.dtype == torch.float32
+    assert logits.abs().max() <= 1 + 1e-6
+    direction = head.last.direction.data
+    bottleneck = head.mlp(rows)
+    expected = nn.functional.cosine_similarity(bottleneck.unsqueeze(1), direction.unsqueeze(0), dim=2)
+    torch.testing.assert_close(head(rows), expected)
+    twin = copy.deepcopy(head)
+    torch.testing.assert_close(twin(rows), head(rows))
+    head.last.direction.data.neg_()
+    torch.testing.assert_close(twin(rows), expected)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_peer_batch_norm_alone_equals_torch_in_training_and_evaluation(affine: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    ours, theirs = PeerBatchNorm(3, ALONE), nn.BatchNorm1d(3)
+    ours, theirs = PeerBatchNorm(3, ALONE, affine=affine), nn.BatchNorm1d(3, affine=affine)
     for _ in range(2):
         rows = torch.randn(5, 3, generator=generator) * 4 + 2
         torch.testing.assert_close(ours(rows), theirs(rows))
@@ -79,7 +166,7 @@ def test_one_row_in_all_the_world_is_refused() -> None:
 
 def test_synchronizing_keeps_parameters_buffers_and_names() -> None:
     torch.manual_seed(0)
-    head = nn.Sequential(mlp([2, 3, 4], norm=True), nn.BatchNorm1d(4))
+    head = nn.Sequential(mlp([2, 3, 4], norm=True), nn.BatchNorm1d(4, affine=False))
     head(torch.randn(6, 2))
     before = copy.deepcopy(head.state_dict())
     parameters = list(head.parameters())
