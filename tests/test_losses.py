@@ -9,7 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.losses import cross_entropy, fp32, global_mean, info_nce, nt_xent, sinkhorn
+from pretrain.losses import (
+    cross_entropy,
+    cross_view_cross_entropy,
+    embedding_std,
+    fp32,
+    global_mean,
+    info_nce,
+    mean_cosine,
+    mean_cosine_of_strangers,
+    nt_xent,
+    queue_cross_entropy,
+    sharpened,
+    sinkhorn,
+)
+from pretrain.peers import Peers
 
 
 def random_views(num_images: int = 6, width: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -75,7 +89,7 @@ def test_contrastive_gradients_flow_through_both_sides_of_each_similarity() -> N
     """Against finite differences: detached negatives or keys would give another gradient."""
     first, second = (view.requires_grad_() for view in random_views(3, 4))
     assert torch.autograd.gradcheck(lambda *views: nt_xent(views, 0.5)[0], (first, second))
-    assert torch.autograd.gradcheck(lambda queries, keys: info_nce(queries, keys, 0.5), (first, second))
+    assert torch.autograd.gradcheck(lambda queries, keys: info_nce(queries, keys, 0.5)[0], (first, second))
 
 
 def test_nt_xent_is_positive_so_its_information_estimate_stays_below_its_ceiling() -> None:
@@ -108,14 +122,145 @@ def test_fp32_raises_half_precision_wherever_it_is_passed_and_stops_autocast() -
 
 def test_info_nce_equals_cross_entropy_over_all_keys() -> None:
     queries, keys = (F.normalize(view, dim=1) for view in random_views())
-    expected = F.cross_entropy(queries @ keys.T / 0.3, torch.arange(6))
-    torch.testing.assert_close(info_nce(queries, keys, 0.3), expected)
+    cosines = queries @ keys.T
+    for loss, accuracy in (info_nce(queries, keys, 0.3), info_nce(queries * 9, keys / 9, 0.3)):
+        torch.testing.assert_close(loss, F.cross_entropy(cosines / 0.3, torch.arange(6)))
+        assert accuracy == (cosines.argmax(dim=1) == torch.arange(6)).float().mean()
 
 
 def test_info_nce_of_orthogonal_pairs_gives_the_closed_form() -> None:
     """One positive at cosine 1, three negatives at cosine 0: ln(1 + 3 e^(-1 / tau))."""
-    loss = info_nce(torch.eye(4), torch.eye(4), temperature=0.5)
+    loss, accuracy = info_nce(torch.eye(4), torch.eye(4), temperature=0.5)
     assert loss.item() == pytest.approx(math.log(1 + 3 * math.exp(-2)), rel=1e-6)
+    assert accuracy == 1.0
+
+
+def test_info_nce_finds_the_own_keys_among_those_of_all_ranks() -> None:
+    """T-M3-2: the images of rank 1 of 3 with 2 images each are keys 2 and 3."""
+    keys = torch.eye(6)
+    peers = Peers(rank=1, world_size=3, gather=lambda local: keys)
+    assert info_nce(keys[2:4], keys[2:4], 0.2, peers)[1] == 1.0
+    loss, accuracy = info_nce(keys[:2], keys[:2], 0.2, peers)  # as near as keys 0 and 1, which are others'
+    assert accuracy == 0.0
+    assert loss.item() == pytest.approx(math.log(math.exp(5) + 5), rel=1e-6)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(65536, 11.09037), (4096, 8.31801)])
+def test_equal_features_and_queue_leave_no_better_than_a_guess(length: int, expected: float) -> None:
+    """T-MC-2: ln(K + 1). Nothing is told apart, so the accuracy is 0."""
+    same = F.normalize(torch.ones(2, 3), dim=1)
+    loss, accuracy = queue_cross_entropy(same, same * 5, same[:1].expand(length, -1), temperature=0.2)
+    assert loss.item() == pytest.approx(expected, abs=1e-4)
+    assert accuracy == 0.0
+
+
+def test_queue_cross_entropy_equals_its_formula_written_as_loops() -> None:
+    queries, keys = random_views()
+    queue = F.normalize(random_views(9, seed=1)[0], dim=1)
+    losses, nearest = [], []
+    for query, key in zip(queries, keys, strict=True):
+        own = float(query @ key / query.norm() / key.norm())
+        others = [float(query @ old / query.norm()) for old in queue]
+        total = math.exp(own / 0.3) + sum(math.exp(other / 0.3) for other in others)
+        losses.append(math.log(total) - own / 0.3)
+        nearest.append(own > max(others))
+    loss, accuracy = queue_cross_entropy(queries, keys, queue, 0.3)
+    assert loss.item() == pytest.approx(sum(losses) / 6, rel=1e-9)
+    assert accuracy.item() == pytest.approx(sum(nearest) / 6)
+    assert 0 < accuracy < 1
+
+
+def test_mean_cosine_is_one_zero_and_minus_one_for_parallel_orthogonal_and_opposite_rows() -> None:
+    rows = torch.tensor([[3.0, 0.0], [0.0, 0.1]])
+    assert mean_cosine(rows, 7 * rows).item() == pytest.approx(1.0)
+    assert mean_cosine(rows, rows.flip(0)).item() == pytest.approx(0.0)
+    assert mean_cosine(rows, -rows).item() == pytest.approx(-1.0)
+    assert mean_cosine(rows, rows * torch.tensor([[1.0], [-1.0]])).item() == pytest.approx(0.0)
+
+
+def test_cosine_of_strangers_is_the_mean_over_all_pairs_of_different_rows() -> None:
+    first, second = (torch.stack(random_views(5, seed=seed)) for seed in (0, 1))  # (2, 5, d) each
+    pairs = [
+        float(F.cosine_similarity(first[view, i], second[view, j], dim=0))
+        for view in range(2)
+        for i in range(5)
+        for j in range(5)
+        if i != j
+    ]
+    expected = sum(pairs) / len(pairs)
+    assert mean_cosine_of_strangers(first, second).item() == pytest.approx(expected, rel=1e-9)
+    same = torch.ones(2, 5, 3)
+    assert mean_cosine_of_strangers(same, same).item() == pytest.approx(1.0)
+    assert not mean_cosine_of_strangers(first.requires_grad_(), second).requires_grad
+
+
+def test_the_spread_of_embeddings_is_healthy_at_one_over_the_root_of_the_width() -> None:
+    """1 / sqrt(256) = 0.0625 on the sphere, 0 in a point whatever the lengths; two poles spread
+    by 1 along one of two coordinates: (1 + 0) / 2."""
+    wide = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0))
+    assert embedding_std(wide).item() == pytest.approx(0.0625, rel=0.01)
+    collapsed = wide[:1] * torch.linspace(0.1, 9, 50).unsqueeze(1)
+    assert embedding_std(collapsed).item() == pytest.approx(0.0, abs=1e-4)
+    assert embedding_std(torch.tensor([[2.0, 0.0], [-5.0, 0.0]])).item() == pytest.approx(0.5)
+
+
+def random_distillation(num_views: int, num_teachers: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(num_views, 3, 7, generator=generator, dtype=torch.float64)
+    teacher = torch.randn(num_teachers, 3, 7, generator=generator, dtype=torch.float64)
+    return logits, teacher
+
+
+@pytest.mark.parametrize(("num_views", "num_terms"), [(2, 2), (10, 18)])
+def test_every_crop_predicts_every_global_crop_but_itself(num_views: int, num_terms: int) -> None:
+    """T-DI-2: two global crops give 2 terms, with eight local ones 18; each is a mean over images."""
+    logits, teacher = random_distillation(num_views, 2)
+    targets = torch.softmax(teacher, dim=2)
+    places = [1, 0]  # the first of the teacher's views is the second of the student's
+    terms = []
+    for q in range(2):
+        for v in range(num_views):
+            if v != places[q]:
+                of_images = [
+                    -sum(
+                        float(targets[q, b, k] * torch.log_softmax(logits[v, b] / 0.1, 0)[k])
+                        for k in range(7)
+                    )
+                    for b in range(3)
+                ]
+                terms.append(sum(of_images) / 3)
+    assert len(terms) == num_terms
+    loss = cross_view_cross_entropy(logits, targets, places, 0.1)
+    assert loss.item() == pytest.approx(sum(terms) / num_terms, rel=1e-9)
+
+
+def test_uniform_student_and_teacher_give_the_logarithm_of_the_number_of_prototypes() -> None:
+    """T-DI-1: ln 65536 = 11.09035."""
+    logits = torch.full((2, 2, 65536), 3.0)
+    targets = sharpened(logits, torch.zeros(65536), 0.04)
+    assert cross_view_cross_entropy(logits, targets, [0, 1], 0.1).item() == pytest.approx(11.09035, abs=1e-4)
+
+
+def test_the_center_cancels_what_is_added_to_all_of_the_teachers_logits() -> None:
+    """T-DI-4."""
+    _, teacher = random_distillation(2, 2)
+    center, shift = torch.linspace(-1, 1, 7).double(), torch.linspace(5, -3, 7).double()
+    torch.testing.assert_close(
+        sharpened(teacher + shift, center + shift, 0.04), sharpened(teacher, center, 0.04)
+    )
+    torch.testing.assert_close(
+        sharpened(teacher, center, 0.5)[1, 2], torch.softmax((teacher[1, 2] - center) * 2, 0)
+    )
+    assert not sharpened(teacher.requires_grad_(), center, 0.1).requires_grad
+
+
+def test_distillation_is_float32_from_half_precision_logits_under_autocast() -> None:
+    logits, teacher = (value.float() for value in random_distillation(3, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        targets = sharpened(teacher.bfloat16(), torch.zeros(7), 0.04)
+        loss = cross_view_cross_entropy(logits.bfloat16(), targets, [0, 1], 0.1)
+    assert (targets.dtype, loss.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(targets.sum(dim=2), torch.ones(2, 3))
 
 
 def test_sinkhorn_rows_sum_to_one_and_prototypes_are_used_equally() -> None:

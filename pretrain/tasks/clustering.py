@@ -13,11 +13,9 @@ from pretrain.losses import cross_entropy, fp32, sinkhorn
 from pretrain.models.heads import projection_head
 from pretrain.peers import Peers
 from pretrain.tasks.contract import EncodedViews, TaskConfig, TaskOutput, TaskSite
-from pretrain.tasks.view_pair import view_pair
 
 
 class ClusteringConfig(TaskConfig):
-    views: tuple[str, str] | None = None  # names of the two views; the first two if not given
     num_prototypes: Annotated[int, Field(ge=2)] = 3000  # 300 suits data sets as small as CIFAR
     temperature: Annotated[float, Field(gt=0)] = 0.1
     epsilon: Annotated[float, Field(ge=0.02)] = (
@@ -79,7 +77,7 @@ class ClusteringTask(nn.Module):
 
     def forward(self, views: EncodedViews, peers: Peers) -> TaskOutput:
         config = self.config
-        rows = view_pair(views.layout.task_token(views.tokens, "clustering"), views, config.views)  # (2B, D)
+        rows = views.layout.task_token(views.tokens, "clustering")  # (2B, D)
         cosine = self.prototypes(self.head(rows))  # (2B, K)
         scores = cosine.reshape(2, -1, config.num_prototypes)  # (2, B, K)
         targets = sinkhorn(scores, config.epsilon, config.iterations, peers)  # (2, B, K)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from pretrain.losses import absolute_error
 from pretrain.models.heads import mlp
 from pretrain.peers import Peers
+from pretrain.tasks.balance import Likelihood
 from pretrain.tasks.contract import EncodedViews, TaskConfig, TaskOutput, TaskSite
+from pretrain.tasks.hidden_patches import normalize_patches
 from pretrain.tokens import take
 from pretrain.views.pixels import patchify
 from pretrain.views.plan import PatchSets
@@ -23,6 +25,7 @@ class InpaintingConfig(TaskConfig):
     fill: Literal["token", "zero"] = (
         "token"  # shown instead: a learned mask token, or zeros after normalisation
     )
+    loss: Literal["l1", "l2"] = "l1"  # mean absolute or mean squared error
     norm_pix: bool = False  # the target is each patch minus its mean, over its standard deviation
 
 
@@ -31,11 +34,8 @@ def patch_request(config: InpaintingConfig, num_patches: int) -> dict[str, int |
     return {"inpainting": max(1, round(config.ratio * num_patches)), "inpainting_block": config.block}
 
 
-def normalize_patches(patches: Tensor) -> Tensor:
-    """Each patch to mean 0 and (unbiased) variance 1 over its values, as MAE's targets (He et al., 2021,
-    arXiv:2111.06377). (M, K, 3 P^2) -> the same"""
-    centered = patches - patches.mean(dim=2, keepdim=True)
-    return centered * torch.rsqrt(patches.var(dim=2, keepdim=True) + 1e-6)
+def likelihood(config: InpaintingConfig) -> Likelihood:
+    return config.loss
 
 
 def mean_clean_color(patches: Tensor, sets: PatchSets) -> Tensor:
@@ -48,9 +48,9 @@ def mean_clean_color(patches: Tensor, sets: PatchSets) -> Tensor:
 
 
 class InpaintingTask(nn.Module):
-    """L1 regression of the hidden patches' pixels (task: Pathak et al., 2016, arXiv:1604.07379).
+    """Regression of the hidden patches' pixels (task: Pathak et al., 2016, arXiv:1604.07379).
 
-    Metrics: `error`, the L1 loss; `chance`, the error of giving every hidden pixel the mean colour of the
+    Metrics: `error`, the loss; `chance`, the error of giving every hidden pixel the mean colour of the
     image's clean patches, or, with `norm_pix`, of giving 0.
     """
 
@@ -70,5 +70,9 @@ class InpaintingTask(nn.Module):
             guess = torch.zeros_like(target)
         else:
             guess = mean_clean_color(patches, sets).repeat(1, self.patch_px**2).unsqueeze(1).expand_as(target)
-        loss = absolute_error(predicted, target).mean()
-        return TaskOutput(loss, {"error": loss.detach(), "chance": absolute_error(guess, target).mean()})
+        loss = self._error(predicted, target)
+        return TaskOutput(loss, {"error": loss.detach(), "chance": self._error(guess, target)})
+
+    def _error(self, predicted: Tensor, target: Tensor) -> Tensor:
+        errors = absolute_error(predicted, target)
+        return (errors.square() if self.config.loss == "l2" else errors).mean()

@@ -21,7 +21,7 @@ class JigsawConfig(TaskConfig):
     # `permset`: nine patches in a 3 x 3 layout, which together tell the permutation, out of a set
     mode: Literal["slot", "permset"] = "slot"
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.1275  # of the patches that are shuffled (slot mode)
-    num_permutations: Annotated[int, Field(ge=2)] = 100  # in the set (permset mode)
+    num_permutations: Annotated[int, Field(ge=2, le=10_000)] = 100  # in the set (permset mode)
     hidden_dim: Annotated[int, Field(gt=0)] = 512  # of the head (permset mode)
 
 

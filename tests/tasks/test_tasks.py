@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
 import torch
-from example_views import LAYOUT, SETTINGS, SITE, example_plan, example_views, with_patches, with_plan
+from example_views import (
+    LAYOUT,
+    SETTINGS,
+    SITE,
+    as_float32,
+    example_plan,
+    example_views,
+    ready,
+    suited,
+    with_patches,
+    with_plan,
+)
+from small_config import small_config
 from torch import Tensor, nn
 
+from pretrain.check import check
 from pretrain.errors import ConfigError
 from pretrain.peers import ALONE
 from pretrain.tasks import TASKS
 from pretrain.tasks.clustering import agreement
 from pretrain.tasks.colorization import color_target
 from pretrain.tasks.contract import EncodedViews, TaskOutput, TaskSite
-from pretrain.tasks.inpainting import normalize_patches
+from pretrain.tasks.hidden_patches import normalize_patches
 from pretrain.tokens import TokenLayout
 from pretrain.views.pixels import patchify, split_patches
 
@@ -26,7 +41,7 @@ from pretrain.views.pixels import patchify, split_patches
 def build(name: str, site: TaskSite = SITE, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     spec = TASKS[name]
-    return spec.task(spec.config(**{**SETTINGS.get(name, {}), **settings}), site).double()
+    return ready(name, spec.task(spec.config(**{**SETTINGS.get(name, {}), **settings}), site)).double()
 
 
 def run(name: str, encoded: EncodedViews, head: nn.Module | None = None, **settings: Any) -> TaskOutput:
@@ -48,7 +63,9 @@ class Sharp(nn.Module):
 
 
 def test_the_core_tasks_have_the_likelihoods_of_the_method() -> None:
-    likelihoods = {name: spec.likelihood for name, spec in TASKS.items()}
+    likelihoods = {
+        name: spec.likelihood_of(spec.config(**SETTINGS.get(name, {}))) for name, spec in TASKS.items()
+    }
     core = {
         "contrastive": "ce",
         "rotation": "ce",
@@ -72,7 +89,7 @@ def test_an_unknown_setting_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_reports_its_headline_and_chance_as_detached_scalars(name: str) -> None:
-    output = run(name, example_views())
+    output = run(name, suited(name, example_views()))
     assert {TASKS[name].headline, "chance"} <= output.metrics.keys()
     assert output.loss.dim() == 0
     assert output.loss.requires_grad
@@ -84,9 +101,10 @@ def test_every_task_reports_its_headline_and_chance_as_detached_scalars(name: st
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_draws_nothing_at_random(name: str) -> None:
     """T-A-2: all draws are the plan's, so the same views give the same loss and no global state moves."""
-    task, views = build(name), example_views()
+    task, views = build(name), suited(name, example_views())
     state = torch.get_rng_state()
-    first, second = task(views, ALONE), task(views, ALONE)
+    # of a copy, because some tasks keep what they have seen
+    first, second = copy.deepcopy(task)(views, ALONE), task(views, ALONE)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.loss, second.loss)
 
@@ -94,8 +112,7 @@ def test_a_task_draws_nothing_at_random(name: str) -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_losses_are_float32_and_finite_under_autocast(name: str) -> None:
     task = build(name).float()
-    views = example_views()
-    views = replace(views, tokens=views.tokens.float(), clean=views.clean.float())
+    views = suited(name, as_float32(example_views()))
     with torch.autocast("cpu", torch.bfloat16):
         output = task(views, ALONE)
     output.loss.backward()
@@ -209,15 +226,15 @@ def test_contrastive_compares_the_views_it_is_told_to() -> None:
     tokens = torch.randn(12, LAYOUT.num_tokens, 48, generator=generator, dtype=torch.float64)
     tokens[:, 0] = torch.cat([eye, eye.roll(1, dims=0), eye])
     views = replace(example_views(6), names=("a", "b", "c"), tokens=tokens)
-    assert run("contrastive", views, nn.Identity(), views=("a", "c")).metrics["accuracy"] == 1.0
-    assert run("contrastive", views, nn.Identity()).metrics["accuracy"] == 0.0
+    for names, accuracy in ((("a", "c"), 1.0), (("a", "b"), 0.0)):
+        assert run("contrastive", views.select(names), nn.Identity()).metrics["accuracy"] == accuracy
 
 
-def test_one_view_is_refused_by_tasks_that_compare_two() -> None:
-    views = replace(example_views(), names=("only",))
-    for name in ("contrastive", "clustering"):
-        with pytest.raises(ConfigError, match="add a second view"):
-            run(name, views)
+@pytest.mark.parametrize("name", [name for name, spec in TASKS.items() if spec.reads == "pair"])
+def test_one_view_is_refused_by_tasks_that_compare_two(name: str, tmp_path: Path) -> None:
+    config = small_config(tmp_path, "views={only: {size_px: 32}}", f"tasks={{{name}: {{}}}}")
+    with pytest.raises(ConfigError, match=f"tasks.{name}: compares two views, but has 1; add a view"):
+        check(config, world_size=1)
 
 
 # --- rotation
