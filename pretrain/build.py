@@ -6,23 +6,30 @@ import zlib
 from dataclasses import dataclass, fields
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
+from pretrain import schedules
 from pretrain.config import RunConfig
 from pretrain.engine.deepspeed_engine import DeepSpeedEngine
 from pretrain.engine.engine import Engine
 from pretrain.engine.local import LocalEngine
-from pretrain.models.backbone import create_backbone, layout_of
+from pretrain.models.backbone import (
+    Backbone,
+    create_backbone,
+    layout_of,
+    levels_of,
+    num_features,
+)
 from pretrain.models.heads import synchronize_batch_norm
+from pretrain.optim import Knobs
 from pretrain.peers import Peers
-from pretrain.schedules import Schedule, cosine_with_warmup
+from pretrain.schedules import Schedule
 from pretrain.tasks import TASKS
 from pretrain.tasks.balance import Balance
-from pretrain.tasks.contract import TaskSite
-from pretrain.tasks.multitask import MultiTask
+from pretrain.tasks.contract import Surroundings, TaskSite
+from pretrain.tasks.multitask import MultiTask, Reading
 from pretrain.tokens import TokenLayout
-from pretrain.views.plan import PatchConfig
-from pretrain.views.prepare import Recipe
+from pretrain.views.plan import PatchConfig, ViewConfig, encoder_calls
+from pretrain.views.prepare import Moment, Recipe
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,48 @@ def token_layout(config: RunConfig) -> TokenLayout:
     return layout_of(config.model, registers(config))
 
 
+def views_of(config: RunConfig, task: str) -> tuple[str, ...]:
+    """The views a task reads."""
+    settings, names = getattr(config.tasks, task), tuple(config.views)
+    if settings.views is not None:
+        return tuple(settings.views)
+    reads = TASKS[task].reads
+    if reads == "all":
+        return names
+    if reads == "group":
+        return encoder_calls(config.views)[0]
+    return names[:2] if reads == "pair" else names[:1]
+
+
+def views(config: RunConfig) -> dict[str, ViewConfig]:
+    """The views as they are made: only those that a patch-level task reads have patches worked on."""
+    read = {
+        view
+        for name in config.tasks.enabled()
+        if TASKS[name].patch_request is not None
+        for view in views_of(config, name)
+    }
+    return {
+        name: view.model_copy(update={"corrupt": view.corrupt and name in read})
+        for name, view in config.views.items()
+    }
+
+
+def surroundings(config: RunConfig, task: str, num_samples: int | None = None) -> Surroundings:
+    read = {name: config.views[name] for name in views_of(config, task)}
+    return Surroundings(read, config.model, token_layout(config), num_samples, micro_step_batch(config))
+
+
+def teacher_views(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """The views that the averaged teacher encodes for each task that wants it to."""
+    asked = {}
+    for name, settings in config.tasks.enabled().items():
+        wanted = TASKS[name].teacher_views
+        if wanted is not None:
+            asked[name] = wanted(settings, views_of(config, name))
+    return {name: views for name, views in asked.items() if views}
+
+
 def patch_config(config: RunConfig) -> PatchConfig:
     """The patch sets that the enabled tasks ask for."""
     layout = token_layout(config)
@@ -58,18 +107,19 @@ def patch_config(config: RunConfig) -> PatchConfig:
         if request is not None:
             asked |= request(settings, layout.num_patches)
     assert asked.keys() <= known, f"PatchConfig does not know {asked.keys() - known}"
-    return PatchConfig(layout.grid, config.model.patch_px, **asked)  # type: ignore[arg-type]
+    return PatchConfig(layout.grid, config.model.token_px, **asked)  # type: ignore[arg-type]
 
 
 def recipe(config: RunConfig) -> Recipe:
     inpainting = config.tasks.inpainting
     return Recipe(
-        tuple(config.views),
-        tuple(config.views.values()),
+        views(config),
         patch_config(config),
         config.normalization.mean,
         config.normalization.std,
         blank_inpainting=inpainting is not None and inpainting.fill == "zero",
+        needs_whole=bool(teacher_views(config))
+        or any(TASKS[name].needs_whole for name in config.tasks.enabled()),
     )
 
 
@@ -91,14 +141,89 @@ def num_steps(config: RunConfig, num_samples: int) -> int:
 
 def lr_schedule(config: RunConfig, num_samples: int) -> Schedule:
     schedule = config.schedule
-    warmup = schedule.warmup_steps or 0
-    if schedule.warmup_epochs is not None:
-        warmup = round(schedule.warmup_epochs * num_samples / config.batch.global_size)
+    length = num_steps(config, num_samples)
+    if schedule.length_epochs is not None:
+        length = max(length, _steps_of(config, schedule.length_epochs, num_samples))
+    warmup = warmup_steps(config, num_samples, length)
     base = config.optim.scaled_lr(config.batch.global_size)
-    return cosine_with_warmup(base, schedule.final_lr, num_steps(config, num_samples), warmup)
+    scale = base / config.optim.base_lr if schedule.scale_ends else 1.0
+    start, final = schedule.start_lr * scale, schedule.final_lr * scale
+    match schedule.kind:
+        case "cosine":
+            return schedules.cosine_with_warmup(base, final, length, warmup, start)
+        case "cosine_over_all":
+            return schedules.cosine_over_all(base, final, length, warmup, start)
+        case "quarter_cosine":
+            return schedules.quarter_cosine(base, final, length, warmup)
+        case "constant":
+            return schedules.constant(base, warmup, start)
 
 
-def _fresh_backbone(config: RunConfig, num_registers: int) -> VisionTransformer:
+def warmup_steps(config: RunConfig, num_samples: int, length: int) -> int:
+    schedule = config.schedule
+    if schedule.warmup_epochs is not None:
+        return _steps_of(config, schedule.warmup_epochs, num_samples)
+    if schedule.warmup_ratio is not None:
+        return int(schedule.warmup_ratio * length)
+    return schedule.warmup_steps or 0
+
+
+def _steps_of(config: RunConfig, epochs: float, num_samples: int) -> int:
+    return round(epochs * num_samples / config.batch.global_size)
+
+
+def momentum_schedule(config: RunConfig, length: int) -> Schedule | None:
+    teacher = config.teacher
+    if teacher is None:
+        return None
+    match teacher.schedule:
+        case "cosine":
+            return schedules.cosine_momentum(teacher.momentum, length)
+        case "linear":
+            return schedules.linear_momentum(teacher.momentum, length)
+        case "constant":
+            return schedules.constant(teacher.momentum)
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """Everything that follows the step."""
+
+    num_steps: int
+    images_per_step: int
+    num_samples: int
+    lr: Schedule
+    peak_lr: float
+    weight_decay: Schedule
+    momentum: Schedule | None  # of the teacher
+    seed: int
+
+    def moment(self, step: int) -> Moment:
+        epoch = step * self.images_per_step / self.num_samples
+        return Moment(step, self.num_steps, epoch, self.seed)
+
+    def knobs(self, step: int) -> Knobs:
+        return Knobs(self.lr(step), self.peak_lr, self.weight_decay(step), self.moment(step).epoch)
+
+
+def timetable(config: RunConfig, num_samples: int) -> Timetable:
+    length, optim = num_steps(config, num_samples), config.optim
+    decay = schedules.constant(optim.weight_decay)
+    if optim.final_weight_decay is not None:
+        decay = schedules.cosine_between(optim.weight_decay, optim.final_weight_decay, length)
+    return Timetable(
+        length,
+        config.batch.global_size,
+        num_samples,
+        lr_schedule(config, num_samples),
+        optim.scaled_lr(config.batch.global_size),
+        decay,
+        momentum_schedule(config, length),
+        config.seed,
+    )
+
+
+def _fresh_backbone(config: RunConfig, num_registers: int) -> Backbone:
     """Weights from the seed; registers are drawn apart, so with and without them the rest starts alike."""
     torch.manual_seed(config.seed)
     plain = create_backbone(config.model)
@@ -118,34 +243,32 @@ def _fresh_backbone(config: RunConfig, num_registers: int) -> VisionTransformer:
     return backbone
 
 
-def module(config: RunConfig, peers: Peers, device: torch.device) -> MultiTask:
+def module(config: RunConfig, peers: Peers, device: torch.device, num_samples: int = 0) -> MultiTask:
     """Backbone and task heads with fresh weights, the same on every rank and for every order of the tasks."""
     layout = token_layout(config)
     enabled = config.tasks.enabled()
     with torch.random.fork_rng(devices=[]):
         backbone = _fresh_backbone(config, len(layout.registers))
-        site = TaskSite(layout, backbone.embed_dim, config.model.patch_px)
+        levels = levels_of(backbone)
+        site = TaskSite(layout, num_features(backbone), config.model.token_px, levels, num_samples)
         tasks = {}
         for name, settings in enabled.items():
             torch.manual_seed(config.seed ^ zlib.crc32(name.encode()))  # of its own, whatever other tasks run
             tasks[name] = TASKS[name].task(settings, site)
         balance = Balance(
-            {name: TASKS[name].likelihood for name in enabled},
+            {name: TASKS[name].likelihood_of(settings) for name, settings in enabled.items()},
             {name: settings.weight for name, settings in enabled.items()},
             config.balance,
         )
         torch.manual_seed(config.seed)
-        inpainting, relative = config.tasks.inpainting, config.tasks.relative_position
         model = MultiTask(
             backbone,
-            layout,
+            _layouts(config),
             tasks,
+            {name: _reading(config, name, len(levels)) for name in enabled},
             balance,
-            tuple(config.views),
-            mask_token=inpainting is not None and inpainting.fill == "token",
-            no_position=relative is not None
-            and relative.pos_embed == "mask"
-            and config.model.pos_embed != "none",
+            mask_token=needs_mask_token(config),
+            no_position=_needs_no_position(config),
             recompute=config.engine.recompute,
             peers=peers,
         )
@@ -153,11 +276,50 @@ def module(config: RunConfig, peers: Peers, device: torch.device) -> MultiTask:
     return model.to(device)
 
 
+def _layouts(config: RunConfig) -> dict[int, TokenLayout]:
+    """The tokens of the views of each size, the model's own size first."""
+    own = config.model.img_px
+    sizes_px = [own, *(view.size_px for view in config.views.values() if view.size_px != own)]
+    return {size_px: layout_of(config.model, registers(config), size_px) for size_px in sizes_px}
+
+
+def _reading(config: RunConfig, task: str, num_levels: int) -> Reading:
+    spec, settings = TASKS[task], getattr(config.tasks, task)
+    seen = teacher_views(config).get(task, ())
+    return Reading(
+        views_of(config, task),
+        taps=spec.taps(settings, num_levels) if spec.taps else (),
+        teacher_views=seen,
+        teacher_head=spec.teacher_head if seen else None,
+    )
+
+
+def needs_mask_token(config: RunConfig) -> bool:
+    inpainting = config.tasks.inpainting
+    is_masked = any(view.mask is not None and view.mask.how == "token" for view in config.views.values())
+    return is_masked or (inpainting is not None and inpainting.fill == "token")
+
+
+def _needs_no_position(config: RunConfig) -> bool:
+    relative = config.tasks.relative_position
+    has_positions = config.model.pos_embed != "none" and not config.model.is_swin
+    return relative is not None and relative.pos_embed == "mask" and has_positions
+
+
 def engine(config: RunConfig, model: MultiTask, peers: Peers) -> Engine:
+    accumulation = config.batch.accumulation_steps
     if config.engine.kind == "local":
-        return LocalEngine(model, config.optim, config.batch.accumulation_steps, config.engine.precision)
+        return LocalEngine(
+            model, config.optim, accumulation, config.engine.precision, model.parameter_rules()
+        )
     return DeepSpeedEngine(
-        model, config.engine, config.optim, peers, config.batch.global_size, config.batch.accumulation_steps
+        model,
+        config.engine,
+        config.optim,
+        peers,
+        config.batch.global_size,
+        accumulation,
+        model.parameter_rules(),
     )
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.swin_transformer import SwinTransformer
 
 from pretrain import build
 from pretrain.config import RunConfig
-from pretrain.engine.deepspeed_engine import check_deepspeed_config
-from pretrain.errors import ConfigError
-from pretrain.models.backbone import BackboneConfig, create_backbone
+from pretrain.engine.deepspeed_engine import check_deepspeed_config, zero_stage
+from pretrain.errors import ConfigError, nearest
+from pretrain.models.backbone import Backbone, BackboneConfig, create_backbone, levels_of
+from pretrain.optim import check_optimizer_stage
 from pretrain.tasks import TASKS
+from pretrain.tasks.contract import Surroundings
+from pretrain.views.masks import num_kept
+from pretrain.views.plan import encoder_calls, stream_indices
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -20,17 +24,22 @@ def check(config: RunConfig, world_size: int) -> None:
         raise ConfigError(f"tasks: none is named; name one or more of {', '.join(TASKS)}")
     _check_model(config)
     _check_views(config)
-    _check_tasks(config)
+    _check_names(config)
+    check_tasks(config)
+    _check_teacher(config)
     _check_patches(config)
     _check_batch(config, world_size)
     _check_schedule(config)
     if config.engine.kind == "deepspeed":
         check_deepspeed_config(config.engine)
+        check_optimizer_stage(config.optim, zero_stage(config.engine))
     elif world_size > 1:
         raise ConfigError(
             f"engine.kind: 'local' trains on one process, not on {world_size}; use 'deepspeed' or --nproc 1"
         )
 
+
+RELATIONS = ("spatial_relation", "distance", "angle", "absolute_position", "drloc")
 
 # arguments of timm that follow from ours, and where to set them instead
 _OWNED_MODEL_ARGS = {
@@ -57,6 +66,10 @@ def _check_model(config: RunConfig) -> None:
     except (AssertionError, ValueError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"model.args: timm refuses them for '{config.model.name}': {reason}") from None
+    if next(vit.parameters()).is_meta:  # else it is cut down to one block
+        _check_levels(config, len(levels_of(vit)))
+    if isinstance(vit, SwinTransformer):
+        return
     left_out = {name.partition(".")[0] for name, _ in vit.named_parameters()} - _ENCODED_PARTS
     if left_out:
         raise ConfigError(
@@ -71,6 +84,14 @@ def _check_model(config: RunConfig) -> None:
             "model.class_token"
         )
     _check_prefix_without_positions(config.model, len(layout.registers))
+
+
+def _check_levels(config: RunConfig, num_levels: int) -> None:
+    """Tasks that read features between blocks raise ConfigError where there are too few."""
+    for name, settings in config.tasks.enabled().items():
+        taps = TASKS[name].taps
+        if taps is not None:
+            taps(settings, num_levels)
 
 
 def _check_prefix_without_positions(model: BackboneConfig, num_registers: int) -> None:
@@ -91,7 +112,7 @@ def _one_block(model: BackboneConfig) -> BackboneConfig:
     return model.model_copy(update={"args": {**model.args, "depth": 1}})
 
 
-def _outline(model: BackboneConfig, num_registers: int) -> VisionTransformer:
+def _outline(model: BackboneConfig, num_registers: int) -> Backbone:
     """The backbone without memory for its weights; of one block where an older timm cannot do that."""
     try:
         with torch.device("meta"):
@@ -101,20 +122,125 @@ def _outline(model: BackboneConfig, num_registers: int) -> VisionTransformer:
             return create_backbone(_one_block(model), num_registers)
 
 
-def _check_tasks(config: RunConfig) -> None:
-    for name, settings in config.tasks.enabled().items():
+def _check_names(config: RunConfig) -> None:
+    """Views are named correctly wherever they are named, and there are enough of them."""
+    for name, view in config.views.items():
+        if isinstance(view.like, str) and view.like not in config.views:
+            raise ConfigError(
+                f"views.{name}.like: no view is named '{view.like}'; {nearest(view.like, list(config.views))}"
+            )
+        if isinstance(view.like, int) and view.like >= len(config.views):
+            raise ConfigError(f"views.{name}.like: there are {len(config.views)} views; name one of them")
+    try:
+        stream_indices(config.views)
+    except ValueError as error:
+        raise ConfigError(f"views: {error}; one of them must stand for itself") from None
+    for task, settings in config.tasks.enabled().items():
         if settings.weight < 0:
-            raise ConfigError(f"tasks.{name}.weight: {settings.weight} is below 0; use 0 or more")
+            raise ConfigError(f"tasks.{task}.weight: {settings.weight} is below 0; use 0 or more")
+        for name in settings.views or ():
+            if name not in config.views:
+                raise ConfigError(
+                    f"tasks.{task}.views: no view is named '{name}'; known: {', '.join(config.views)}"
+                )
+        names = build.views_of(config, task)
+        if len(set(names)) < len(names) or not names:
+            raise ConfigError(f"tasks.{task}.views: {list(names)} must name one or more different views")
+        if TASKS[task].reads == "pair" and len(names) != 2:
+            raise ConfigError(
+                f"tasks.{task}: compares two views, but has {len(names)}; "
+                + ("add a view" if len(names) < 2 else "name two")
+            )
+        made = encoder_calls(build.views(config))
+        calls = {place for place, call in enumerate(made) for n in names if n in call}
+        if len(calls) > 1 and TASKS[task].reads != "all":
+            raise ConfigError(
+                f"tasks.{task}.views: {list(names)} differ in size, or in what is hidden or worked on; "
+                "give views that are encoded together"
+            )
+
+
+def check_tasks(config: RunConfig, num_samples: int | None = None) -> None:
+    """Does every task fit the views and the model? num_samples: of the data, where it is known."""
+    for name, settings in config.tasks.enabled().items():
+        spec, around = TASKS[name], build.surroundings(config, name, num_samples)
+        if spec.reads in ("pair", "all") and build.micro_step_batch(config) < 2:
+            raise ConfigError(f"batch: tasks.{name} compares images, and a micro step has one; raise it")
+        reason = _general_reason(name, config, around)
+        if reason is None and spec.unsuited is not None:
+            reason = spec.unsuited(settings, around)
+        if reason is not None:
+            raise ConfigError(f"tasks.{name}: {reason}")
+
+
+def _general_reason(task: str, config: RunConfig, around: Surroundings) -> str | None:
+    spec = TASKS[task]
+    dropping = [n for n, view in around.views.items() if view.mask is not None and view.mask.how == "drop"]
+    if dropping and (spec.patch_request or spec.taps):
+        return (
+            f"reads all patches, but view '{dropping[0]}' drops some (mask.how: drop); "
+            "let it read another view, by `views`"
+        )
+    resized = [n for n, view in around.views.items() if view.size_px != config.model.img_px]
+    if resized and spec.patch_request:
+        return f"works on views of model.img_px, {config.model.img_px}; '{resized[0]}' has another size"
+    is_moved = config.tasks.jigsaw and set(build.views_of(config, "jigsaw")) & set(around.views)
+    if is_moved and task in RELATIONS:
+        return (
+            "relates the patches at their places, but 'jigsaw' moves some of them in the same view; "
+            "let one of the two read another view, by `views`"
+        )
+    shuffled = [n for n, view in around.views.items() if view.shuffle]
+    if shuffled and spec.own_places:
+        return (
+            f"its answers stand at the places of what they are about, but view '{shuffled[0]}' shuffles its "
+            "patches; set `shuffle: false`, or let it read another view"
+        )
+    hidden = [n for n, view in around.views.items() if view.mask is not None or view.local is not None]
+    if hidden and spec.patch_request:
+        return (
+            f"works on patches of its own, but view '{hidden[0]}' hides or damages any of them (mask, "
+            "local); let it read another view, by `views`"
+        )
+    if task == "inpainting" and config.tasks.inpainting.fill == "token" and config.model.pos_embed == "none":
+        return "without positions all hidden patches look alike; set fill: zero, or model.pos_embed"
+    masked = [n for n, view in around.views.items() if view.mask is not None and view.mask.how == "token"]
+    if masked and config.model.pos_embed == "none":
+        return (
+            f"without positions all hidden patches of view '{masked[0]}' look alike; set model.pos_embed, or "
+            "drop patches (mask.how: drop)"
+        )
+    whole = [n for n, view in around.views.items() if not view.corrupt]
+    if whole and spec.patch_request:
+        return f"works on patches of view '{whole[0]}', whose `corrupt` is false; set it to true"
+    return None
+
+
+def _check_teacher(config: RunConfig) -> None:
+    wanted = build.teacher_views(config)
+    if wanted and config.teacher is None:
+        raise ConfigError(
+            f"tasks.{next(iter(wanted))}: needs an averaged teacher; add `teacher: {{momentum: 0.996}}`"
+        )
+    names = [name for views in wanted.values() for name in views]
+    sizes = {config.views[name].size_px for name in names}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"tasks: the teacher would have to encode views of {sorted(sizes)} px; name views of one size"
+        )
 
 
 def _check_views(config: RunConfig) -> None:
     if not config.views:
         raise ConfigError("views: none is named; a view needs a name, such as `one: {}`")
+    first = next(iter(config.views.values()))
+    if first.size_px != config.model.img_px:
+        raise ConfigError(
+            f"views.{next(iter(config.views))}.size_px: {first.size_px} differs from model.img_px, "
+            f"{config.model.img_px}; the first view is of the model's own size"
+        )
     for name, view in config.views.items():
-        if view.size_px != config.model.img_px:
-            raise ConfigError(
-                f"views.{name}.size_px: {view.size_px} differs from model.img_px, {config.model.img_px}"
-            )
+        _check_size(config, name, view.size_px)
         ranges = {"scale": view.scale, "aspect": view.aspect, "blur.sigma_px": view.blur.sigma_px}
         for setting, (low, high) in ranges.items():
             if not 0 < low <= high:
@@ -125,31 +251,51 @@ def _check_views(config: RunConfig) -> None:
             raise ConfigError(
                 f"views.{name}.scale: a crop covers at most 1.0 of the image, not {view.scale[1]}"
             )
-    if len({view.corrupt for view in config.views.values()}) > 1:
-        raise ConfigError(
-            "views: `corrupt` differs between views; views that are encoded together must agree"
-        )
-    for task in ("contrastive", "clustering"):
-        if getattr(config.tasks, task) is not None and len(config.views) < 2:
+        if view.shift_px >= view.size_px:
+            raise ConfigError(f"views.{name}.shift_px: {view.shift_px} is not below size_px, {view.size_px}")
+        if view.shuffle and view.corrupt and build.patch_config(config).total:
             raise ConfigError(
-                f"tasks.{task}: compares two views, but `views` names {len(config.views)}; add one"
+                f"views.{name}.shuffle: moves the patches that patch-level tasks work on; "
+                "set `corrupt: false`"
             )
-    turned = [name for name, view in config.views.items() if view.turn]
-    if config.tasks.rotation is not None and len(turned) < len(config.views):
-        raise ConfigError(
-            "tasks.rotation: needs `turn: true` in every view, or every label would be 'not turned'"
-        )
-    if config.tasks.contrastive is not None and not config.model.class_token:
-        raise ConfigError("tasks.contrastive: reads the class token; set model.class_token: true")
-    for task in ("contrastive", "clustering"):
-        chosen = getattr(getattr(config.tasks, task), "views", None)
-        for name in chosen or ():
-            if name not in config.views:
+        if view.mask is not None and not config.model.is_swin:
+            side = view.size_px // config.model.token_px
+            num_kept(view.mask, (side, side))  # raises where the grid is too small
+        if view.mask is not None and config.model.is_swin:
+            raise ConfigError(
+                f"views.{name}.mask: a Swin works on windows of whole images and can neither drop patches "
+                "nor stand a token in for them; choose a ViT"
+            )
+    if config.tasks.rotation is not None:
+        for name in build.views_of(config, "rotation"):
+            if name in config.views and not config.views[name].turn and not _has_all_turns(config):
                 raise ConfigError(
-                    f"tasks.{task}.views: no view is named '{name}'; known: {', '.join(config.views)}"
+                    "tasks.rotation: needs `turn: true` in every view it reads, or a view for each "
+                    "fixed_turn; else every label is 'not turned'"
                 )
-        if chosen and len(set(chosen)) < 2:
-            raise ConfigError(f"tasks.{task}.views: '{chosen[0]}' is compared with itself; name two views")
+    inpainting = config.tasks.inpainting
+    if config.model.is_swin and inpainting is not None and inpainting.fill == "token":
+        raise ConfigError("tasks.inpainting.fill: a Swin has no mask token; set it to 'zero'")
+
+
+def _has_all_turns(config: RunConfig) -> bool:
+    names = [name for name in build.views_of(config, "rotation") if name in config.views]
+    return {config.views[name].fixed_turn for name in names} == {0, 1, 2, 3}
+
+
+def _check_size(config: RunConfig, name: str, size_px: int) -> None:
+    unit = config.model.token_px
+    if size_px == config.model.img_px:
+        return
+    if config.model.is_swin or config.model.name == "t2t_vit_14":
+        raise ConfigError(
+            f"views.{name}.size_px: {size_px}, but {config.model.name} takes model.img_px, "
+            f"{config.model.img_px}, only"
+        )
+    if size_px % unit:
+        raise ConfigError(
+            f"views.{name}.size_px: {size_px} px are not whole {unit} px patches; {_nearest(size_px, unit)}"
+        )
 
 
 def _check_patches(config: RunConfig) -> None:
@@ -171,9 +317,17 @@ def _check_patches(config: RunConfig) -> None:
         raise ConfigError(
             f"tasks.jigsaw.mode: 'permset' needs a grid of 3x3 patches, this one is {patches.grid}"
         )
-    if patches.total and not next(iter(config.views.values())).corrupt:
+
+
+def check_lengths(config: RunConfig, num_samples: int) -> None:
+    """What can be known of the schedule once the size of the data is."""
+    length = build.num_steps(config, num_samples)
+    warmup = build.warmup_steps(config, num_samples, length)
+    if warmup >= length:
+        raise ConfigError(f"schedule: a warm-up of {warmup} steps leaves nothing of a run of {length}")
+    if config.tasks.cluster_labels is not None and len(config.data.all_sources) > 1:
         raise ConfigError(
-            "views: patch-level tasks are on, but `corrupt` is false in every view; set it to true"
+            "tasks.cluster_labels: clusters one set of images, and the data are mixed from several; use one"
         )
 
 
@@ -201,14 +355,17 @@ def _check_schedule(config: RunConfig) -> None:
     schedule = config.schedule
     if (schedule.steps is None) == (schedule.epochs is None):
         raise ConfigError("schedule: give either `steps` or `epochs`")
-    if schedule.warmup_steps is not None and schedule.warmup_epochs is not None:
-        raise ConfigError("schedule: give either `warmup_steps` or `warmup_epochs`, not both")
+    warmups = (schedule.warmup_steps, schedule.warmup_epochs, schedule.warmup_ratio)
+    if sum(warmup is not None for warmup in warmups) > 1:
+        raise ConfigError("schedule: give one of `warmup_steps`, `warmup_epochs` and `warmup_ratio`")
     for unit in ("steps", "epochs"):
         length, warmup = getattr(schedule, unit), getattr(schedule, f"warmup_{unit}")
         if length is not None and warmup is not None and warmup >= length:
             raise ConfigError(f"schedule.warmup_{unit}: {warmup} is not below schedule.{unit}, {length}")
+    if schedule.kind == "quarter_cosine" and schedule.start_lr:
+        raise ConfigError("schedule.start_lr: a quarter_cosine warms up from 0; remove it")
     base = config.optim.scaled_lr(config.batch.global_size)
-    if schedule.final_lr > base:
+    if schedule.final_lr > base and schedule.kind != "constant" and not schedule.scale_ends:
         raise ConfigError(
             f"schedule.final_lr: {schedule.final_lr:g} is above the learning rate it ends, {base:g} "
             "(optim.base_lr scaled to the batch); lower it"

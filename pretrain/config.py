@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -45,19 +45,30 @@ class BatchConfig(_Settings):
 
 
 class ScheduleConfig(_Settings):
-    """How long, in steps or in epochs; the learning rate warms up linearly, then follows half a cosine."""
+    """How long, in steps or in epochs, and how the learning rate moves after its linear warm-up.
 
+    cosine: half a cosine from the end of the warm-up on; cosine_over_all: half a cosine over the whole
+    length, the warm-up included (timm's, as MoBY and SiT use it); quarter_cosine: RelViT's.
+    """
+
+    kind: Literal["cosine", "cosine_over_all", "quarter_cosine", "constant"] = "cosine"
     steps: Count | None = None
     epochs: Annotated[float, Field(gt=0.0)] | None = None
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     warmup_epochs: NotNegative | None = None
+    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None  # of the length
+    length_epochs: Annotated[float, Field(gt=0.0)] | None = None  # of the schedule, if longer than the run
+    start_lr: NotNegative = 0.0  # where the warm-up begins
     final_lr: NotNegative = 1e-6
+    scale_ends: bool = False  # start and final rate grow with the batch, as the base rate does
 
 
 class TeacherConfig(_Settings):
-    """An averaged copy of the backbone; its momentum goes from this value to 1 along half a cosine."""
+    """An averaged copy of the backbone, and of the heads that tasks want it to have."""
 
-    momentum: Annotated[float, Field(ge=0.0, le=1.0)] = 0.996
+    momentum: Annotated[float, Field(ge=0.0, le=1.0)] = 0.996  # at the start
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # to 1 along half a cosine, or a line
+    update: Literal["after", "before"] = "after"  # the optimizer step, or the keys of a step (MoCo, MoBY)
 
 
 class CheckpointConfig(_Settings):
@@ -181,10 +192,20 @@ def _override(settings: dict[str, Any], argument: str) -> None:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML and apply the overrides.
+    """Read a run's YAML, and what it `extends`, and apply the overrides.
 
     Raises ConfigError with one line that names each wrong key, what is expected and the nearest known name.
     """
+    settings = _read_settings(path)
+    for argument in overrides:
+        _override(settings, argument)
+    _inline_deepspeed(settings, path)
+    # by way of JSON: strict types, yet lists for tuples and text for paths
+    return validate(json.dumps(settings), str(path))
+
+
+def _read_settings(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a file, put over those of the file that its key `extends` names, relative to it."""
     try:
         text = path.read_text()
     except OSError as error:
@@ -199,11 +220,26 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     _inline_deepspeed(settings, path)  # so that an override can reach into it
-    for argument in overrides:
-        _override(settings, argument)
-    _inline_deepspeed(settings, path)
-    # by way of JSON: strict types, yet lists for tuples and text for paths
-    return validate(json.dumps(settings), str(path))
+    if "extends" not in settings:
+        return settings  # type: ignore[no-any-return]
+    base = settings.pop("extends")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: {base!r} is not the path of another config")
+    chain = (*below, path.resolve())
+    if (path.parent / base).resolve() in chain:
+        raise ConfigError(f"{path}: extends: {base} extends this file in turn; one of them must stand alone")
+    return _put_over(_read_settings(path.parent / base, chain), settings)
+
+
+def _put_over(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are joined, key by key; everything else is replaced."""
+    joined = dict(base)
+    for key, value in settings.items():
+        inner = joined.get(key)
+        if isinstance(inner, dict) and isinstance(value, dict):
+            value = _put_over(inner, value)
+        joined[key] = value
+    return joined
 
 
 def validate(settings_json: str, where: str) -> RunConfig:

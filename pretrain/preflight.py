@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import build, checkpoint, cluster
-from pretrain.check import check
+from pretrain.check import check, check_lengths, check_tasks
 from pretrain.config import RunConfig
 from pretrain.data.loader import mixture_of, open_splits, pool_bytes, ring_bytes
 from pretrain.data.manifest import Split
 from pretrain.data.mixture import Mixture
 from pretrain.data.streaming import check_shared_memory
 from pretrain.errors import CheckpointError, UserError
+from pretrain.views.plan import encoder_calls
 
 # of an identity: what --allow-new-data lets a resumed run change
 DATA_KEYS = ("manifest_hash", "weights", "split", "lanes", "shuffle_block", "resident")
@@ -54,12 +55,18 @@ def inspect(request: Request, place: cluster.Cluster) -> Inspected:
     check(config, place.world_size)
     splits = open_splits(config.data)
     mixture = mixture_of(config.data, splits, config.seed, build.micro_step_batch(config))
+    check_tasks(config, mixture.num_samples)
+    check_lengths(config, mixture.num_samples)
     if place.is_first:  # a million shards are looked at once, not once a rank
         for manifest in {split.manifest.folder: split.manifest for split in splits}.values():
             manifest.check_shards()
+        if config.tasks.classification is not None:
+            _check_labels(splits, config.tasks.classification.num_classes)
     per = build.sizes(config, place.world_size)
     if not config.data.resident and config.data.decode_threads:
         of_a_rank = ring_bytes(config.data, list(config.views.values()), per.micro_batch)
+        if config.tasks.cluster_labels is not None:
+            of_a_rank *= 2  # a second loader reads all images between epochs
         check_shared_memory(place.local_world_size * of_a_rank)
     resume_from = _find_checkpoint(request) if place.is_first else None
     data_start_step = 0
@@ -81,6 +88,25 @@ def inspect(request: Request, place: cluster.Cluster) -> Inspected:
         resume_from,
         data_start_step,
     )
+
+
+def _check_labels(splits: Sequence[Split], num_classes: int) -> None:
+    """The classes that the images are labelled with are those that the task knows."""
+    largest = -1
+    for split in splits:
+        for place in range(split.num_shards):
+            labels = split.samples(split.shard(place)).labels
+            largest = max(largest, int(labels.max(initial=-1)))
+    if largest < 0:
+        raise UserError(
+            "tasks.classification: no image of the training data has a label; index shards with .cls files, "
+            "or leave the task out"
+        )
+    if largest >= num_classes:
+        raise UserError(
+            f"tasks.classification.num_classes: {num_classes}, but the data have label {largest}; "
+            f"set it to {largest + 1} or more"
+        )
 
 
 def identity(config: RunConfig, splits: Sequence[Split]) -> dict[str, Any]:
@@ -107,6 +133,7 @@ def identity(config: RunConfig, splits: Sequence[Split]) -> dict[str, Any]:
         "balance": settings["balance"],
         "normalization": settings["normalization"],
         "teacher": settings["teacher"],
+        "optimizer": config.optim.name,  # whose state the checkpoint holds
     }
 
 
@@ -165,8 +192,7 @@ def describe(request: Request, inspected: Inspected, place: cluster.Cluster) -> 
         f"{nodes} x {place.local_world_size} ranks on {place.device.type} ({place.launcher}); {engine}, "
         f"{config.engine.precision}",
         f"global batch {per.global_batch} = micro {per.micro_batch} x accumulation {per.accumulation_steps} "
-        f"x ranks {per.world_size}; lr {config.optim.scaled_lr(per.global_batch):.3g} "
-        f"(base {config.optim.base_lr:g} per {config.optim.lr_batch})",
+        f"x ranks {per.world_size}; {_rate(config, per.global_batch)}",
         *_sources(mixture),
         f"{mixture.lanes} lanes; "
         + (
@@ -175,12 +201,27 @@ def describe(request: Request, inspected: Inspected, place: cluster.Cluster) -> 
             else _pool(config, mixture, per.world_size, place)
         ),
         f"{config.model.name} at {config.model.img_px} px, patch {config.model.patch_px} px; tasks "
-        f"{', '.join(config.tasks.enabled())}; {len(config.views)} views in one encoder pass",
+        f"{', '.join(config.tasks.enabled())}; {_passes(config)}",
         f"{inspected.num_steps} steps = "
         f"{inspected.num_steps * per.global_batch / mixture.num_samples:.2f} epochs; "
         f"into {request.output_dir}",
     ]
     return "\n".join(lines)
+
+
+def _rate(config: RunConfig, global_batch: int) -> str:
+    optim = config.optim
+    scaling = "for every batch" if optim.lr_batch is None else f"base {optim.base_lr:g} per {optim.lr_batch}"
+    return f"{optim.name}, lr {optim.scaled_lr(global_batch):.3g} ({scaling})"
+
+
+def _passes(config: RunConfig) -> str:
+    """How often the networks run in a micro step."""
+    num_calls = len(encoder_calls(build.views(config)))
+    student = "one encoder pass" if num_calls == 1 else f"{num_calls} encoder passes"
+    taught = {view for views in build.teacher_views(config).values() for view in views}
+    teacher = f", {len(taught)} of them in one pass of the teacher" if taught else ""
+    return f"{len(config.views)} view{'s' * (len(config.views) > 1)} in {student}{teacher}"
 
 
 def _sources(mixture: Mixture) -> list[str]:

@@ -21,10 +21,11 @@ from pretrain.metrics.meter import JsonLines, Meter
 from pretrain.models.teacher import Teacher
 from pretrain.preflight import Inspected, Request, describe, identity, inspect
 from pretrain.randomness import bits
+from pretrain.relabel import Relabeler
 from pretrain.run_folder import open_folder
-from pretrain.schedules import Schedule, cosine_momentum
-from pretrain.tasks.multitask import BACKBONE_PREFIX
-from pretrain.views.prepare import Inputs, Recipe, prepare
+from pretrain.tasks.cluster_labels import ClusterLabelsTask
+from pretrain.views.plan import in_places
+from pretrain.views.prepare import Inputs, Recipe, prepare, with_labels
 
 logger = logging.getLogger("pretrain")
 
@@ -66,7 +67,7 @@ def _run(request: Request, inspected: Inspected, place: cluster.Cluster) -> None
     batches = open_batches(
         config.data,
         inspected.splits,
-        list(config.views.values()),
+        in_places(config.views),
         seed=config.seed,
         batch_size=build.micro_step_batch(config),
         rank=place.rank,
@@ -76,12 +77,17 @@ def _run(request: Request, inspected: Inspected, place: cluster.Cluster) -> None
         quarantine_path=run_dir / "quarantine.jsonl",
     )
     try:
-        module = build.module(config, peers, device)
+        module = build.module(config, peers, device, inspected.mixture.num_samples)
         if saved:
             load_weights(module, saved)
-        teacher = Teacher(module.backbone) if config.teacher else None
+        teacher = module.make_teacher() if config.teacher else None
         if teacher and saved and saved.teacher:
-            teacher.load_state_dict(_without_prefix(saved.teacher))
+            teacher.load_state_dict(saved.teacher)
+        relabeler = None
+        if "cluster_labels" in module.tasks:
+            task, num_samples = module.tasks["cluster_labels"], inspected.mixture.num_samples
+            assert isinstance(task, ClusterLabelsTask)
+            relabeler = Relabeler(config, task, module.backbone, inspected.splits, num_samples, peers, device)
         engine = build.engine(config, module, peers)
         if saved:
             restore_optimizer(engine, saved)
@@ -91,7 +97,7 @@ def _run(request: Request, inspected: Inspected, place: cluster.Cluster) -> None
         elif request.resume == "auto":
             logger.info("nothing to resume in %s: starting at step 0", run_dir)
         meter = open_meter(request, inspected, place, step)
-        loop = Loop(request, inspected, place, engine, teacher, batches, meter)
+        loop = Loop(request, inspected, place, engine, teacher, relabeler, batches, meter)
         del saved  # several times the model, and no longer needed
         if step >= inspected.num_steps:
             logger.info("nothing left to do: step %d of %d", step, inspected.num_steps)
@@ -110,6 +116,7 @@ class Loop:
         place: cluster.Cluster,
         engine: Engine,
         teacher: Teacher | None,
+        relabeler: Relabeler | None,
         batches: Batches,
         meter: Meter | None,
     ) -> None:
@@ -120,12 +127,12 @@ class Loop:
         self.place = place
         self.engine = engine
         self.teacher = teacher
+        self.relabeler = relabeler
         self.batches = batches
         self.meter = meter
         self.recipe: Recipe = build.recipe(config)
         self.num_steps = inspected.num_steps
-        self.lr: Schedule = build.lr_schedule(config, inspected.mixture.num_samples)
-        self.momentum = cosine_momentum(config.teacher.momentum, self.num_steps) if config.teacher else None
+        self.timetable = build.timetable(config, inspected.mixture.num_samples)
         self.identity = identity(config, inspected.splits)
         self.nonfinite_in_a_row = 0
 
@@ -141,17 +148,25 @@ class Loop:
         started, waited = time.perf_counter(), self.batches.wait_seconds
         # dropout and drop path, if a model has them, draw the same numbers after a resume
         torch.manual_seed(int(bits(self.config.seed, step, self.place.rank, 0, 1)))
+        epoch = self.timetable.moment(step).epoch
+        if self.relabeler and self.relabeler.due(epoch):
+            self.relabeler.relabel(self.engine, epoch)
+        if self.config.teacher and self.config.teacher.update == "before":
+            self._update_teacher(step)
         inputs, tally = self._micro_inputs(step)
-        lr = self.lr(step)
-        output = self.engine.train_step(inputs, lr, tally)
-        values = {**output.values, "grad_norm": output.grad_norm, "lr": lr}
+        knobs = self.timetable.knobs(step)
+        output = self.engine.train_step(inputs, knobs, tally)
+        if not output.skipped:
+            self.engine.module.finish_step()
+        values = {**output.values, "grad_norm": output.grad_norm, "lr": knobs.lr}
         for place, name in enumerate(("samples", "bad_samples", "storage_retries")):
             values[name] = values.pop(f"extra/{place}")
         values["backbone_calls"] = float(self.engine.module.num_backbone_calls)
-        if self.teacher and self.momentum and not output.skipped:
-            values["momentum"] = self.momentum(step)
-            student = self.engine.student(self.engine.module.backbone)
-            self.teacher.update(student, values["momentum"])
+        if self.teacher and self.timetable.momentum:
+            values["momentum"] = self.timetable.momentum(step)
+            values["teacher_calls"] = float(self.teacher.num_calls)
+            if self.config.teacher and self.config.teacher.update == "after" and not output.skipped:
+                self._update_teacher(step)
         if self.meter:
             self.meter.record(
                 step + 1,
@@ -162,9 +177,23 @@ class Loop:
             )
         self._guard(step + 1, output.skipped)
 
+    def _update_teacher(self, step: int) -> None:
+        assert self.teacher is not None
+        assert self.timetable.momentum is not None
+        module = self.engine.module
+
+        def student() -> Iterator[tuple[str, Tensor]]:
+            for part in self.teacher.parts:  # type: ignore[union-attr]
+                for name, value in self.engine.student(module.get_submodule(part)):
+                    yield f"{part}.{name}", value
+
+        self.teacher.update(student(), self.timetable.momentum(step))
+
     def _micro_inputs(self, step: int) -> tuple[Iterator[Inputs], Callable[[], Tensor]]:
         """Inputs of the micro steps, made one at a time, and what they add up to once they are all made."""
-        device = self.place.device
+        device, module = self.place.device, self.engine.module
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.engine.precision == "bf16")
+        moment = self.timetable.moment(step)
         digests: list[Tensor] = []
 
         def generate() -> Iterator[Inputs]:
@@ -173,7 +202,13 @@ class Loop:
                 micro_step = step * self.config.batch.accumulation_steps + micro
                 digests.append(samples_digest(batch, micro_step, self.place.rank))
                 epochs, ids = batch.epochs.to(device), batch.sample_ids.to(device)
-                yield prepare(self.recipe, self.config.seed, batch.crops[0].to(device), epochs, ids)
+                crops = [of_size.to(device) for of_size in batch.crops]
+                inputs = prepare(self.recipe, self.config.seed, crops, epochs, ids, micro_step)
+                inputs = with_labels(inputs, batch.labels.to(device), moment)
+                if self.teacher:
+                    with autocast:
+                        inputs = module.consult(self.teacher, inputs)
+                yield inputs
 
         def tally() -> Tensor:
             counts = [float(self.batches.num_bad), float(self.batches.num_retries)]
@@ -207,14 +242,14 @@ class Loop:
                 "registers": list(self.engine.module.layout.registers),
                 "identity": self.identity,
                 "data_start_step": self.inspected.data_start_step,
+                "num_samples": self.inspected.mixture.num_samples,
             }
             tensors: dict[str, Mapping[str, Tensor]] = {
                 checkpoint.STUDENT: student,
                 checkpoint.OPTIMIZER: optimizer.tensors,
             }
             if self.teacher:
-                kept = {f"{BACKBONE_PREFIX}{k}": v.cpu() for k, v in self.teacher.state_dict().items()}
-                tensors[checkpoint.TEACHER] = kept
+                tensors[checkpoint.TEACHER] = {k: v.cpu() for k, v in self.teacher.state_dict().items()}
             try:
                 checkpoint.write_checkpoint(self.run_dir, step, tensors, state, self.config.to_yaml())
                 keep = self.config.checkpoint
@@ -259,10 +294,6 @@ def load_weights(module: torch.nn.Module, saved: Checkpoint) -> None:
 
 def restore_optimizer(engine: Engine, saved: Checkpoint) -> None:
     engine.load_optimizer_state(OptimizerState(int(saved.state["optimizer_steps"]), saved.optimizer))
-
-
-def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(BACKBONE_PREFIX): value for name, value in weights.items()}
 
 
 def open_meter(request: Request, inspected: Inspected, place: cluster.Cluster, step: int) -> Meter | None:

@@ -118,21 +118,20 @@ ACROSS = {
     "model.args.global_pool=map": ("model", "attn_pool; choose a plain ViT"),
     "views.one.size_px=64": ("views.one.size_px", "model.img_px, 32"),
     "views={}": ("views", "such as `one: {}`"),
-    "views={one: {size_px: 32, turn: true}}": ("tasks.contrastive", "add one"),
+    "views={one: {size_px: 32, turn: true}}": ("tasks.contrastive", "add a view"),
     "views.one.turn=false": ("tasks.rotation", "`turn: true`"),
-    "views.one.corrupt=false": ("views", "`corrupt` differs"),
+    "views.one.corrupt=false": ("tasks.jigsaw", "`corrupt` is false"),
     "tasks={}": ("tasks", "name one or more of contrastive, rotation"),
     "tasks={rotation: null}": ("tasks", "name one or more of"),
     "tasks.contrastive.views=[one, tow]": ("tasks.contrastive.views", "known: one, two"),
-    "tasks.contrastive.views=[one, one]": ("tasks.contrastive.views", "name two views"),
+    "tasks.contrastive.views=[one, one]": ("tasks.contrastive.views", "one or more different views"),
     "tasks.jigsaw.ratio=0.9": ("tasks", "lower their ratios"),
-    "model.class_token=false": ("tasks.contrastive", "model.class_token: true"),
     "batch.global_size=18": ("batch.global_size", "nearest legal values: 16 and 24"),
     "batch.global_size=4": ("batch.global_size", "nearest legal value: 8"),
     "batch.accumulation_steps=3": ("batch.global_size", "nearest legal values: 12 and 24"),
     "schedule.epochs=2": ("schedule", "either `steps` or `epochs`"),
     "schedule={}": ("schedule", "either `steps` or `epochs`"),
-    "schedule={steps: 10, warmup_steps: 1, warmup_epochs: 1}": ("schedule", "not both"),
+    "schedule={steps: 10, warmup_steps: 1, warmup_epochs: 1}": ("schedule", "give one of"),
     "engine.deepspeed=absent.json": ("engine.deepspeed", "cannot be read"),
     "engine.deepspeed=broken.json": ("engine.deepspeed", "is not valid JSON"),
     "engine.deepspeed=list.json": ("engine.deepspeed", "object (got [1])"),
@@ -273,7 +272,7 @@ def test_the_deepspeed_file_is_found_beside_the_config_and_written_out_in_full(t
     assert "zero.json" not in config.to_yaml()
 
 
-SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "studies")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

@@ -20,11 +20,13 @@ def model_card(source: RunWeights, report: ExportReport, license: str) -> str:
     sections = [
         f"---\nlibrary_name: timm\nlicense: {license}\ntags:\n- image-feature-extraction\n- timm\n---",
         f"# {backbone.name}, {' + '.join(source.tasks) or 'self-supervised'}",
-        f"A Vision Transformer backbone without classifier, pretrained without labels by `pretrain`: "
+        f"A {'Swin' if backbone.is_swin else 'Vision'} Transformer backbone without classifier, pretrained "
+        "without labels by `pretrain`: "
         f"{report.num_parameters / 1e6:.1f} M parameters, {backbone.img_px} px images, "
         f"{backbone.patch_px} px patches.",
         "## Load\n\n```python\nimport timm\n"
-        f'model = timm.create_model("local-dir:{Path(report.folder).name}", pretrained=True).eval()'
+        + (_REGISTER_T2T if backbone.name == "t2t_vit_14" else "")
+        + f'model = timm.create_model("local-dir:{Path(report.folder).name}", pretrained=True).eval()'
         "  # the path of this folder\n"
         "features = model(images)  # normalised (B, 3, "
         f"{backbone.img_px}, {backbone.img_px}) -> (B, {source.embed_dim})\n```\n\n"
@@ -77,8 +79,16 @@ def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", value
 
 
+_REGISTER_T2T = "from pretrain.models.t2t import register_t2t\n\nregister_t2t()  # timm has no T2T-ViT\n"
+
+
 def _tokens(source: RunWeights) -> str:
-    side = source.backbone.img_px // source.backbone.patch_px
+    side = source.backbone.img_px // source.backbone.token_px
+    if source.backbone.is_swin:
+        return (
+            f"`model.forward_features(images)` returns the last stage's map, (B, {side}, {side}, D), after "
+            "the final norm; the feature of an image is its mean over the map."
+        )
     lines = ["`model.forward_features(images)` returns, in this order:", ""]
     if source.backbone.class_token:
         lines.append("- the class token; it is the contrastive token, where the run had a contrastive task")

@@ -12,12 +12,11 @@ from pathlib import Path
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pretrain.errors import CheckpointError
 from pretrain.export.source import RunWeights
-from pretrain.models.backbone import create_backbone
+from pretrain.models.backbone import Backbone, create_backbone
 
 RELATIVE_TOLERANCE = 1e-5  # of the largest feature, or of 1 where all features are smaller
 
@@ -36,7 +35,7 @@ class Parity:
     tolerance: float  # allowed max_abs_difference
 
 
-def rebuild(source: RunWeights) -> VisionTransformer:
+def rebuild(source: RunWeights) -> Backbone:
     """The checkpoint's own backbone in eval mode; every tensor must find its place, and none may be left."""
     with torch.random.fork_rng(devices=[]):  # building draws weights: keep the caller's random state
         model = create_backbone(source.backbone, len(source.registers))
@@ -61,7 +60,7 @@ def rebuild(source: RunWeights) -> VisionTransformer:
     return model.eval()
 
 
-def prove(folder: Path, source: RunWeights, reference: VisionTransformer) -> Parity:
+def prove(folder: Path, source: RunWeights, reference: Backbone) -> Parity:
     """Open `folder` as any timm user would, and compare it with `reference`, the rebuilt checkpoint."""
     with torch.random.fork_rng(devices=[]):
         stock = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -108,7 +107,7 @@ def _generator() -> torch.Generator:
 
 @torch.inference_mode()
 def _features(model: nn.Module, images: Tensor) -> Tensor:
-    """Normalised images (B, 3, H, W) -> tokens (B, N, D) float32"""
+    """Normalised images (B, 3, H, W) -> tokens (B, N, D) or a Swin's map (B, h, w, D), float32"""
     tokens: Tensor = model.forward_features(images)  # type: ignore[operator]
     return tokens
 

@@ -44,7 +44,7 @@ class RunWeights:
 
     @property
     def embed_dim(self) -> int:
-        return self.state["patch_embed.proj.weight"].shape[0]
+        return self.state["norm.weight"].shape[0]
 
     @property
     def tasks(self) -> tuple[str, ...]:

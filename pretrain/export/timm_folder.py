@@ -16,14 +16,13 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 
 from pretrain.errors import UserError
 from pretrain.export.export_report import ExportReport
 from pretrain.export.model_card import model_card
 from pretrain.export.parity import prove, rebuild
 from pretrain.export.source import RunWeights, WeightsName, read_weights, sha256_of
-from pretrain.models.backbone import model_args
+from pretrain.models.backbone import Backbone, model_args
 
 SMALL_IMAGE_PX = 96  # up to this size the crop is the whole image; above it, 0.875 of its side
 
@@ -58,7 +57,7 @@ def export_timm(
 
 
 def _write(
-    folder: Path, out: Path, source: RunWeights, model: VisionTransformer, tag: str, license: str
+    folder: Path, out: Path, source: RunWeights, model: Backbone, tag: str, license: str
 ) -> ExportReport:
     tensors = {key: value.clone().contiguous() for key, value in source.state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -88,7 +87,7 @@ def _write(
     return report
 
 
-def timm_config(source: RunWeights, model: VisionTransformer, tag: str, license: str) -> dict[str, Any]:
+def timm_config(source: RunWeights, model: Backbone, tag: str, license: str) -> dict[str, Any]:
     """The content of config.json: the architecture, and the run's own preprocessing, not timm's default."""
     side = source.backbone.img_px
     return {

@@ -62,6 +62,7 @@ _COUNTERS = {
     "bad_samples": names.BAD_SAMPLES,
     "storage_retries": names.STORAGE_RETRIES,
     "backbone_calls": names.BACKBONE_CALLS,
+    "teacher_calls": names.TEACHER_CALLS,
 }
 
 

@@ -29,6 +29,7 @@ IMAGES_PER_SECOND = Metric(
     "pretrain_images_per_second", "gauge", "Images per second over all ranks, since the last log line."
 )
 BACKBONE_CALLS = Metric("pretrain_backbone_calls_total", "counter", "Encoder passes of this rank.")
+TEACHER_CALLS = Metric("pretrain_teacher_calls_total", "counter", "Encoder passes of this rank's teacher.")
 SKIPPED_STEPS = Metric(
     "pretrain_nonfinite_steps_total", "counter", "Steps skipped for a loss or gradient that was not finite."
 )
@@ -45,6 +46,6 @@ CHECKPOINT_STEP = Metric("pretrain_checkpoint_step", "gauge", "Step of the last 
 
 METRICS = (
     STEPS, IMAGES, EPOCH, LOSS, LOSS_WEIGHT, TASK_METRIC, GRAD_NORM, LEARNING_RATE, MOMENTUM, STEP_SECONDS,
-    DATA_WAIT, IMAGES_PER_SECOND, BACKBONE_CALLS, SKIPPED_STEPS, BAD_SAMPLES, STORAGE_RETRIES,
-    CHECKPOINT_SECONDS, CHECKPOINT_STEP,
+    DATA_WAIT, IMAGES_PER_SECOND, BACKBONE_CALLS, TEACHER_CALLS, SKIPPED_STEPS, BAD_SAMPLES,
+    STORAGE_RETRIES, CHECKPOINT_SECONDS, CHECKPOINT_STEP,
 )  # fmt: skip
