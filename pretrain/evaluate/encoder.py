@@ -25,10 +25,11 @@ from pretrain.export.parity import rebuild
 from pretrain.export.source import WeightsName, is_run, read_weights, sha256_of
 from pretrain.export.timm_folder import crop_ratio
 from pretrain.models.backbone import create_backbone
+from pretrain.models.t2t import register_t2t
 from pretrain.tokens import TokenLayout
 
-FeatureName = Literal["class", "mean_patch", "pooled", "pixels"]
-FEATURES: tuple[FeatureName, ...] = ("class", "mean_patch", "pooled")
+FeatureName = Literal["class", "mean_patch", "tokens", "pooled", "pixels"]
+FEATURES: tuple[FeatureName, ...] = ("class", "mean_patch", "tokens", "pooled")
 
 PIXELS = "pixels"  # the weights' name for no network at all
 PIXELS_PX = 16
@@ -91,6 +92,8 @@ class Encoder:
         tokens = self.model.forward_features(pixels)  # type: ignore[operator]
         if self.feature == "class" and self.layout is not None:
             features = self.layout.class_token(tokens)
+        elif self.feature == "tokens" and self.layout is not None:
+            features = self.layout.prefix(tokens).flatten(1)
         elif self.feature == "mean_patch" and self.layout is not None:
             features = self.model.fc_norm(self.layout.patches(tokens).mean(dim=1))  # type: ignore[operator]
         else:
@@ -113,14 +116,19 @@ class Encoder:
 
 
 def open_encoder(
-    weights: str | Path, feature: FeatureName | None = None, network: WeightsName | None = None
+    weights: str | Path,
+    feature: FeatureName | None = None,
+    network: WeightsName | None = None,
+    seed: int = 0,
 ) -> Encoder:
     """Open what `weights` names: an exported folder, a run, a checkpoint, a timm model, or `pixels`.
 
-    `untrained:` before a name keeps its architecture and draws fresh weights from seed 0.
-    feature: what one image becomes; None takes the class token where there is one, else the mean of the patch
-    tokens, else timm's own pooling. network: teacher or student of a run.
+    `untrained:` before a name keeps its architecture and draws fresh weights from `seed`.
+    feature: what one image becomes (`tokens`: class and task tokens, one after the other); None takes the
+    class token where there is one, else the mean of the patch tokens, else timm's own pooling. network:
+    teacher or student of a run.
     """
+    register_t2t()
     name = str(weights)
     if name == PIXELS:
         crop = CentreCrop(PIXELS_PX, PIXELS_PX, "bilinear")
@@ -130,11 +138,11 @@ def open_encoder(
     target = name.removeprefix(UNTRAINED)
     folder = Path(target)
     if (folder / "config.json").is_file():
-        encoder = _open_export(folder, trained=not untrained)
+        encoder = _open_export(folder, not untrained, seed)
     elif folder.is_dir() and is_run(folder):
-        encoder = _open_run(folder, network, trained=not untrained)
+        encoder = _open_run(folder, network, not untrained, seed)
     elif timm.is_model(target.split(".")[0]):
-        encoder = _open_timm(target, trained=not untrained)
+        encoder = _open_timm(target, not untrained, seed)
     elif folder.exists():
         raise UserError(f"{folder}: neither an exported folder, a run nor a checkpoint")
     else:
@@ -142,7 +150,10 @@ def open_encoder(
         hint = f"; {known}" if known.startswith("did") else ""
         raise UserError(f"'{target}': no such folder, and timm has no model of this name{hint}")
     encoder.model.eval().requires_grad_(False)
-    return replace(encoder, weights=name, feature=_choose_feature(encoder, feature))
+    chosen = _choose_feature(encoder, feature)
+    num_tokens = encoder.layout.num_prefix if chosen == "tokens" and encoder.layout is not None else 1
+    num_features = num_tokens * encoder.num_features
+    return replace(encoder, weights=name, feature=chosen, num_features=num_features)
 
 
 def _choose_feature(encoder: Encoder, asked: FeatureName | None) -> FeatureName:
@@ -153,12 +164,14 @@ def _choose_feature(encoder: Encoder, asked: FeatureName | None) -> FeatureName:
         raise UserError(f"feature '{asked}': {nearest(asked, FEATURES)}")
     if asked != "pooled" and layout is None:
         raise UserError(f"feature '{asked}': this model has no tokens of that kind; use 'pooled'")
+    if asked == "tokens" and layout is not None and not layout.num_prefix:
+        raise UserError("feature 'tokens': this model has neither class nor task tokens; use 'mean_patch'")
     if asked == "class" and layout is not None and not layout.has_class_token:
         raise UserError("feature 'class': this model has no class token; use 'mean_patch'")
     return asked
 
 
-def _open_export(folder: Path, trained: bool) -> Encoder:
+def _open_export(folder: Path, trained: bool, seed: int) -> Encoder:
     origin: dict[str, Any] = {"kind": "export" if trained else "untrained"}
     report = folder / "export_report.json"
     if trained and report.is_file():  # other people's timm folders have none
@@ -168,13 +181,15 @@ def _open_export(folder: Path, trained: bool) -> Encoder:
                 f"{folder / 'model.safetensors'}: not the file that was exported; export again"
             )
         origin |= {"step": record["source_step"], "sha256": record["model_sha256"]}
-    return _from_timm(lambda: timm.create_model(f"local-dir:{folder}", pretrained=trained), origin)
+    return _from_timm(lambda: timm.create_model(f"local-dir:{folder}", pretrained=trained), origin, seed)
 
 
-def _open_run(folder: Path, network: WeightsName | None, trained: bool) -> Encoder:
+def _open_run(folder: Path, network: WeightsName | None, trained: bool, seed: int) -> Encoder:
     source = read_weights(folder, network)
     num_registers = len(source.registers)
-    model = rebuild(source) if trained else _fresh(lambda: create_backbone(source.backbone, num_registers))
+    model = (
+        rebuild(source) if trained else _fresh(lambda: create_backbone(source.backbone, num_registers), seed)
+    )
     origin = {"kind": "checkpoint", "network": source.weights, "step": source.step, "sha256": source.sha256}
     side = source.backbone.img_px
     return Encoder(
@@ -190,13 +205,14 @@ def _open_run(folder: Path, network: WeightsName | None, trained: bool) -> Encod
     )
 
 
-def _open_timm(name: str, trained: bool) -> Encoder:
+def _open_timm(name: str, trained: bool, seed: int) -> Encoder:
     if not trained:
-        return _from_timm(lambda: timm.create_model(name, num_classes=0), {"kind": "untrained"})
+        return _from_timm(lambda: timm.create_model(name, num_classes=0), {"kind": "untrained"}, seed)
     overlay = {"file": str(_cached_file(name)), "custom_load": False}
     return _from_timm(
         lambda: timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay),
         {"kind": "timm"},
+        seed,
     )
 
 
@@ -222,9 +238,9 @@ def _cached_file(name: str) -> Path:
     )
 
 
-def _from_timm(create: Callable[[], nn.Module], origin: dict[str, Any]) -> Encoder:
+def _from_timm(create: Callable[[], nn.Module], origin: dict[str, Any], seed: int) -> Encoder:
     """What timm itself says of a model: its tokens and its preprocessing."""
-    model = _fresh(create)
+    model = _fresh(create, seed)
     data = resolve_model_data_config(model)
     side = int(data["input_size"][-1])
     return Encoder(
@@ -240,10 +256,10 @@ def _from_timm(create: Callable[[], nn.Module], origin: dict[str, Any]) -> Encod
     )
 
 
-def _fresh(create: Callable[[], nn.Module]) -> nn.Module:
-    """Build with the weights of seed 0, and keep the caller's random state."""
+def _fresh(create: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build with fresh weights of a seed, and keep the caller's random state."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return create()
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.data.decode import BadImage, decode
@@ -83,12 +85,17 @@ def refuse_overlap(train: LabelledSplit, test: LabelledSplit) -> None:
 
 def decode_and_crop(sample: EncodedSample, crop: CentreCrop) -> Tensor:
     """Encoded image -> uint8 (3, size, size)"""
+    return crop(decode_whole(sample))
+
+
+def decode_whole(sample: EncodedSample) -> NDArray[np.uint8]:
+    """Encoded image -> uint8 (H, W, 3)"""
     if not sample.is_intact:
         raise DataError(
             f"{sample.shard}: sample '{sample.key}' at byte {sample.offset} is not what was indexed; "
             "restore the shard"
         )
     try:
-        return crop(decode(sample.image))
+        return decode(sample.image)
     except BadImage as error:
         raise DataError(f"{sample.shard}: image '{sample.key}' at byte {sample.offset}: {error}") from error
