@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 from pretrain import __version__
 from pretrain.data.build.arguments import add_arguments as build_arguments
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, TrainingError, UserError
+from pretrain.evaluate import arguments as evaluate_arguments
 
 EXIT_CODES = "exit codes: 0 done, 2 wrong input (one line says what and the remedy), 1 anything else"
 
@@ -62,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run", action="store_true", help="check everything, print the layout, start nothing"
     )
+
+    _add_sweep(commands)
+    listing = commands.add_parser("list", help="list the methods, tasks and backbones there are")
+    listing.add_argument("what", nargs="?", choices=("methods", "tasks", "backbones"), metavar="WHAT")
+    listing.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="such as 'swin*'")
 
     shards = commands.add_parser("shards", help="work on folders of tar shards")
     actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -121,19 +128,66 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--test", required=True, metavar="SHARDS", help="DIR or DIR:split")
         command.add_argument("--out", type=Path, metavar="DIR", help="where to write the result as JSON")
         command.add_argument(
-            "--feature", choices=("class", "mean_patch"), help="default: class token if there is one"
+            "--feature",
+            choices=("class", "mean_patch", "tokens"),
+            help="default: class token if there is one; tokens: it and the task tokens, one after the other",
         )
-        command.add_argument("--batch-size", type=int, default=128, metavar="N")
+        command.add_argument("--batch-size", type=_positive, default=128, metavar="N")
+        if kind != "summary":
+            evaluate_arguments.add_colour_arguments(command)
+    evaluate_arguments.add_finetune_arguments(
+        kinds.add_parser("finetune", help="train backbone and head with a recipe", epilog=EXIT_CODES)
+    )
+    evaluate_arguments.add_head_arguments(
+        kinds.add_parser("head", help="the classification head of a joint training", epilog=EXIT_CODES)
+    )
+    pretext = kinds.add_parser(
+        "pretext", help="how well a run solves its pretext tasks on other images", epilog=EXIT_CODES
+    )
+    pretext.add_argument("weights", metavar="RUN", type=Path, help="a run folder or one checkpoint")
+    pretext.add_argument("--test", required=True, metavar="SHARDS", help="DIR or DIR:split")
+    pretext.add_argument("--out", type=Path, metavar="DIR", help="where to write all values as JSON")
+    pretext.add_argument("--batch-size", type=_positive, default=100, metavar="N")
+    pretext.add_argument("--device", choices=("cpu", "cuda"), help="default: what there is")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser(
+        "sweep", help="run and compare the variants of a study", epilog=f"{EXIT_CODES}; 75 not finished yet"
+    )
+    sweep.add_argument("study", type=Path, metavar="STUDY")
+    sweep.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace those of every run"
+    )
+    sweep.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="of all runs (default: runs/<name of STUDY>)"
+    )
+    sweep.add_argument("--nproc", type=_positive, metavar="N", help="ranks of each run on this machine")
+    sweep.add_argument(
+        "--max-minutes", type=_minutes, metavar="M", help="stop after this time; the same command goes on"
+    )
+    modes = sweep.add_mutually_exclusive_group()
+    modes.add_argument("--index", type=int, metavar="I", help="run only number I, from 0")
+    modes.add_argument("--array", action="store_true", help="print how many runs, and the sbatch line")
+    modes.add_argument("--measure-only", action="store_true", help="measure what budget: compute needs")
+    modes.add_argument("--table-only", action="store_true", help="write the table of what is done")
+    modes.add_argument("--dry-run", action="store_true", help="check everything, list the runs, start none")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, or exit code 2 and one line on stderr."""
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     if rest:  # overrides may stand between the flags
-        if parsed.command != "train" or any(argument.startswith("-") for argument in rest):
+        if not hasattr(parsed, "overrides") or any(argument.startswith("-") for argument in rest):
             parser.error(f"unknown arguments: {' '.join(rest)}")
         parsed.overrides += rest
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = parse(arguments)
     _set_up_logging()
     try:
         return _COMMANDS[parsed.command](parsed)
@@ -146,6 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read what is printed, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
 
 
 def _set_up_logging() -> None:
@@ -186,10 +243,44 @@ def _train(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from pretrain.sweep import execute
+    from pretrain.sweep.processes import Processes
+    from pretrain.sweep.runs import open_sweep
+
+    sweep = open_sweep(arguments.study, arguments.output_dir, arguments.nproc, arguments.overrides)
+    if arguments.dry_run:
+        _say(execute.describe(sweep))
+        return EXIT_DONE
+    if arguments.array:
+        _say(execute.describe_array(sweep))
+        return EXIT_DONE
+    if arguments.table_only:
+        execute.show_table(sweep, execute.resolved_runs(sweep))
+        return EXIT_DONE
+    minutes = arguments.max_minutes
+    processes = Processes(None if minutes is None else 60 * minutes)
+    return execute.run_sweep(sweep, processes, arguments.index, measure_only=arguments.measure_only)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from pretrain.listing import list_choices
+
+    _say(list_choices(arguments.what, arguments.pattern))
+    return EXIT_DONE
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def _minutes(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of minutes above 0")
     return number
 
 
@@ -275,8 +366,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from pretrain.evaluate.report import EvaluateConfig, run_knn, run_linear, table
     from pretrain.evaluate.summary import format_summary, run_summary
 
+    if arguments.kind in ("finetune", "head"):
+        return _evaluate_head(arguments)
+    if arguments.kind == "pretext":
+        return _evaluate_pretext(arguments)
     config = EvaluateConfig(
-        feature=arguments.feature, batch_size=arguments.batch_size, save=True, out=arguments.out
+        feature=arguments.feature,
+        batch_size=arguments.batch_size,
+        save=True,
+        out=arguments.out,
+        **({} if arguments.kind == "summary" else evaluate_arguments.colours_from(arguments)),
     )
     if arguments.kind == "summary":
         run = Path(arguments.weights)
@@ -290,6 +389,35 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     else:
         result = run_linear(arguments.weights, arguments.train, arguments.test, config)
     print(table([result]))  # noqa: T201
+    return EXIT_DONE
+
+
+def _evaluate_head(arguments: argparse.Namespace) -> int:
+    """`finetune` and `head`: what a classification head learns, or has learned."""
+    from pretrain.evaluate.finetune_report import run_finetune, run_head
+    from pretrain.evaluate.report import EvaluateConfig, table
+
+    save = Path(arguments.weights).is_dir() or arguments.out is not None
+    config = EvaluateConfig(device=arguments.device, save=save, out=arguments.out)
+    if arguments.kind == "head":
+        config = replace(config, batch_size=arguments.batch_size)
+        result = run_head(arguments.weights, arguments.test, config)
+    else:
+        config = replace(config, network=arguments.network, **evaluate_arguments.colours_from(arguments))
+        request = evaluate_arguments.finetune_from(arguments)
+        result = run_finetune(arguments.weights, arguments.train, arguments.test, request, config)
+    _say(table([result]))
+    return EXIT_DONE
+
+
+def _evaluate_pretext(arguments: argparse.Namespace) -> int:
+    from pretrain.pretext import run_pretext
+
+    result = run_pretext(arguments.weights, arguments.test, arguments.batch_size, arguments.device)
+    run = arguments.weights
+    is_checkpoint = (run / "MANIFEST.json").is_file()
+    result.save(arguments.out or (run.parent.parent if is_checkpoint else run))
+    _say(str(result))
     return EXIT_DONE
 
 
@@ -310,4 +438,11 @@ def _next_steps(run: Path, results: Path) -> str:
 
 
 _SHARDS = {"build": _build, "index": _index, "verify": _verify, "bench": _bench}
-_COMMANDS = {"train": _train, "shards": _shards, "export": _export, "evaluate": _evaluate}
+_COMMANDS = {
+    "train": _train,
+    "sweep": _sweep,
+    "list": _list,
+    "shards": _shards,
+    "export": _export,
+    "evaluate": _evaluate,
+}

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+import pytest
+from small_study import calls
+
+from pretrain.sweep import runs
+
+__all__ = ["calls"]
+
+
+@pytest.fixture(autouse=True)
+def any_shards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards of the small study are only named, except where a test asks for `real_shards`."""
+    if "real_shards" not in request.keywords and request.module.__name__ != "test_real_sweep":
+        monkeypatch.setattr(runs, "find_split", lambda where, role: None)
