@@ -25,7 +25,20 @@ LAYERS = {
     },
     "edge": {"data", "engine", "metrics", "checkpoint", "cluster", "preempt", "watchdog"},
     "downstream": {"export", "evaluate", "transfer", "report"},
-    "wiring": {"config", "build", "check", "preflight", "run_folder", "train", "cli", "__main__"},
+    "wiring": {
+        "config",
+        "build",
+        "check",
+        "preflight",
+        "relabel",
+        "run_folder",
+        "train",
+        "pretext",
+        "sweep",
+        "listing",
+        "cli",
+        "__main__",
+    },
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 
