@@ -10,7 +10,7 @@ OUT ?= $(RUN)/exported
 SAMPLE := data_shards/sample
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow gpu-check bench bench-data check format shards pretrain export evaluate clean
+.PHONY: help setup demo test test-slow gpu-check bench bench-overhead bench-data check format shards pretrain export evaluate clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -59,6 +59,9 @@ gpu-check: $(READY) ## the tests that need a CUDA device
 
 bench: $(READY) ## side-by-side step times on this machine, as ratios
 	$(BIN)/python benchmarks/step.py --out benchmarks/results/step-cpu.json
+
+bench-overhead: $(READY) ## what each task or decoder adds to a contrastive step
+	$(BIN)/python benchmarks/overhead.py --out benchmarks/results/overhead-cpu.json
 
 bench-data: $(READY) ## images/s of the loader beside other loaders; PEERS is a python that has them (benchmarks/peers.txt)
 	$(BIN)/python benchmarks/data.py --out benchmarks/results/data-cpu.json $(if $(PEERS),--peers-python $(PEERS))

@@ -131,7 +131,7 @@ def finished(source: Source) -> Callable[[], Stream]:
     def start() -> Stream:
         torch.set_num_threads(source.num_cores)
         view, batch_size = simclr_view(), _batch_size(source.shards, BATCH_SIZE)
-        recipe = Recipe(("one", "two"), (view, view), PatchConfig((1, 1), SIZE_PX), MEAN, STD)
+        recipe = Recipe({"one": view, "two": view}, PatchConfig((1, 1), SIZE_PX), MEAN, STD)
         batches = _opened(source.shards, view, batch_size, source.num_cores)
         images = (
             prepare(recipe, SEED, batch.crops[0], batch.epochs, batch.sample_ids).images for batch in batches

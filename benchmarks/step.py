@@ -21,6 +21,7 @@ import torch
 from pretrain import build, cluster
 from pretrain.config import RunConfig, load_config
 from pretrain.engine.engine import Engine
+from pretrain.optim import Knobs
 from pretrain.peers import ALONE
 from pretrain.views.prepare import Inputs, prepare
 
@@ -43,8 +44,9 @@ def inputs_for(config: RunConfig) -> Inputs:
 def stepper(config: RunConfig) -> Callable[[], None]:
     engine: Engine = build.engine(config, build.module(config, ALONE, torch.device("cpu")), ALONE)
     inputs = inputs_for(config)
+    knobs = Knobs(lr=1e-4, peak_lr=1e-4, weight_decay=0.05, epoch=0.0)
     no_tally = torch.zeros(0, dtype=torch.float64)
-    return lambda: (engine.train_step(repeat(inputs), 1e-4, lambda: no_tally), None)[1]
+    return lambda: (engine.train_step(repeat(inputs), knobs, lambda: no_tally), None)[1]
 
 
 def measure(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
