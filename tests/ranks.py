@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import fork_server
 import torch
 import torch.multiprocessing as mp
 
@@ -24,4 +25,6 @@ def _entry(
 
 def run_on_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
     """`function(place, *arguments)` on every rank; an exception on any rank fails the caller."""
-    mp.spawn(_entry, (world_size, cluster.free_port(), function, arguments), nprocs=world_size)
+    fork_server.context()
+    arguments_of_all = (world_size, cluster.free_port(), function, arguments)
+    mp.start_processes(_entry, arguments_of_all, nprocs=world_size, start_method="forkserver")

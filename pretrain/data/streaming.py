@@ -21,6 +21,7 @@ from pretrain.errors import DataError, TrainingError
 
 SHARED_MEMORY = Path("/dev/shm")
 CLOSE_SECONDS = 5.0
+START_METHOD = "spawn"  # of the loader process; tests that start many fork a prepared one instead
 
 
 class StreamingBatches:
@@ -34,7 +35,7 @@ class StreamingBatches:
         self._failure: Exception | None = None
         self._held: int | None = None  # the slot the trainer is using
         self._ring = _make_ring(work)
-        context = torch.multiprocessing.get_context("spawn")
+        context = torch.multiprocessing.get_context(START_METHOD)
         ours, theirs = context.Pipe()
         self._loader: Connection = ours
         self._process = context.Process(

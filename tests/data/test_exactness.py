@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from range_server import RangeServer
 from small_shards import make_shards, samples, write_shard
 
+from pretrain.data import streaming
 from pretrain.data.indexing import index_folder
 from pretrain.data.loader import Batch, Batches, DataConfig, mixture_of, open_batches, open_splits
 from pretrain.views.plan import ViewConfig
@@ -22,6 +24,12 @@ from pretrain.views.plan import ViewConfig
 VIEWS = [ViewConfig(size_px=8)]
 NUM_STEPS = 10
 BATCH_SIZE = 8
+
+
+@pytest.fixture(autouse=True)
+def many_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_server.context()
+    monkeypatch.setattr(streaming, "START_METHOD", "forkserver")
 
 
 @pytest.fixture(scope="module")

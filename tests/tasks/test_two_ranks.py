@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 import torch.distributed as dist
@@ -120,7 +121,8 @@ def one_rank() -> Results:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     folder = tmp_path_factory.mktemp("two_ranks")
-    mp.spawn(run_rank, (folder,), nprocs=WORLD)
+    fork_server.context()
+    mp.start_processes(run_rank, (folder,), nprocs=WORLD, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
 
 
