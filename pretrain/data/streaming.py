@@ -9,6 +9,7 @@ import signal
 import time
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -21,7 +22,8 @@ from pretrain.errors import DataError, TrainingError
 
 SHARED_MEMORY = Path("/dev/shm")
 CLOSE_SECONDS = 5.0
-START_METHOD = "spawn"  # of the loader process; tests that start many fork a prepared one instead
+# of the loader process; tests that start many fork a prepared one instead
+START_METHOD = "spawn"
 
 
 class StreamingBatches:
@@ -35,7 +37,7 @@ class StreamingBatches:
         self._failure: Exception | None = None
         self._held: int | None = None  # the slot the trainer is using
         self._ring = _make_ring(work)
-        context = torch.multiprocessing.get_context(START_METHOD)
+        context: Any = torch.multiprocessing.get_context(START_METHOD)
         ours, theirs = context.Pipe()
         self._loader: Connection = ours
         self._process = context.Process(
