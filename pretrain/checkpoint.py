@@ -1,11 +1,14 @@
 """Checkpoints: one folder each, complete or absent, every file hashed, no pickles.
 
-checkpoints/step-00001000/
+checkpoints/step-00001000/         step-00001000.2 from the second attempt of the run, and so on
     engine/optimizer.safetensors   optimizer state by parameter name, in the layout of the whole model
     weights/student.safetensors    fp32; timm's names below `backbone.`
     weights/teacher.safetensors    if the run has a teacher
     state.json  config.yaml        where the run stood, and its settings
-    MANIFEST.json                  sha256 of every other file
+    MANIFEST.json                  step, attempt, and the sha256 of every other file
+
+What an attempt writes carries its number, so that none can overwrite what another wrote; those of a stale
+attempt, which wrote on after another had taken over, are not listed (attempts.py).
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pretrain import attempts
 from pretrain.errors import CheckpointError
 
 FOLDER = "checkpoints"
@@ -32,6 +38,10 @@ STUDENT = "weights/student.safetensors"
 TEACHER = "weights/teacher.safetensors"
 STATE = "state.json"
 CONFIG = "config.yaml"
+
+_POSITION = r"step-(?P<step>[0-9]+)(?:\.(?P<attempt>[2-9]|[1-9][0-9]+))?"
+_NAME = re.compile(_POSITION)
+_IN_NAME = re.compile(_POSITION + r"(?![0-9.])")  # of .writing-step-00001000.2-4711, aside-step-00001000
 
 
 @dataclass(frozen=True)
@@ -45,30 +55,61 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
 
 
-def step_folder(run: Path, step: int) -> Path:
-    return run / FOLDER / f"step-{step:08d}"
+def step_folder(run: Path, step: int, attempt: int = 1) -> Path:
+    return run / FOLDER / (f"step-{step:08d}" + (f".{attempt}" if attempt > 1 else ""))
 
 
 def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+    return _position(folder.name)[0]
+
+
+def attempt_of(folder: Path) -> int:
+    return _position(folder.name)[1]
+
+
+def _position(name: str) -> tuple[int, int]:
+    """Step and attempt of a checkpoint by its folder's name; they sort in the order they were reached."""
+    found = _NAME.fullmatch(name)
+    if not found:
+        raise ValueError(f"{name}: is not the name of a checkpoint")
+    return int(found["step"]), int(found["attempt"] or 1)
 
 
 def _is_step_folder(path: Path) -> bool:
-    return path.name.startswith("step-") and path.name[5:].isdecimal() and path.is_dir()
+    return _NAME.fullmatch(path.name) is not None and path.is_dir()
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, newest first. Not yet verified."""
+def list_checkpoints(run: Path, all_attempts: bool = False) -> list[Path]:
+    """Complete checkpoints that the newest attempt of a run may go on from, newest first. Not yet verified.
+
+    all_attempts: also those that stale attempts left.
+    """
+    lineage = attempts.lineage(run)
     found = [path for path in (run / FOLDER).glob("step-*") if _is_step_folder(path)]
-    return sorted(found, key=step_of, reverse=True)
+    allowed = [path for path in found if all_attempts or lineage.allows(attempt_of(path), step_of(path))]
+    return sorted(allowed, key=lambda path: _position(path.name), reverse=True)
+
+
+def newest_attempt(run: Path) -> int:
+    """The highest number of an attempt that any folder here carries, whole or not; 0 if there is none."""
+    found = [_IN_NAME.search(path.name) for path in (run / FOLDER).glob("*step-*")]
+    return max((int(name["attempt"] or 1) for name in found if name), default=0)
 
 
 def sweep(run: Path) -> list[Path]:
-    """Remove what a killed writer left half-made; returns what was removed."""
-    left = [*(run / FOLDER).glob(".writing-*"), *(run / FOLDER).glob(".removing-*")]
-    for path in left:
+    """Remove what a killed writer left half-made; returns what was removed.
+
+    A folder that the newest attempt may still be writing or removing is left to it.
+    """
+    removed = []
+    for path in (*(run / FOLDER).glob(".writing-*"), *(run / FOLDER).glob(".removing-*")):
+        found = _IN_NAME.search(path.name)
+        number = int(found["attempt"] or 1) if found else 1
+        if (run / attempts.FOLDER).exists() and not attempts.is_over(run, number):
+            continue
         shutil.rmtree(path, ignore_errors=True)
-    return left
+        removed.append(path)
+    return removed
 
 
 def write_checkpoint(
@@ -77,12 +118,15 @@ def write_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     config_yaml: str,
+    attempt: int = 1,
 ) -> Path:
     """Write all files into a temporary folder, make them durable, then rename it into place.
 
-    tensors: file name inside the checkpoint -> named tensors. Called on one rank.
+    tensors: file name inside the checkpoint -> named tensors. Called on one rank. Raises FencedError, and
+    leaves nothing, if a newer attempt of the run has begun.
     """
-    final = step_folder(run, step)
+    attempts.refuse_stale(run, attempt)
+    final = step_folder(run, step, attempt)
     final.parent.mkdir(parents=True, exist_ok=True)
     writing = final.parent / f".writing-{final.name}-{os.getpid()}"
     shutil.rmtree(writing, ignore_errors=True)
@@ -99,11 +143,14 @@ def write_checkpoint(
         for name, text in ((STATE, json.dumps(state, indent=1, sort_keys=True)), (CONFIG, config_yaml)):
             (writing / name).write_text(text)
             hashes[name] = _make_durable(writing / name)
-        (writing / MANIFEST).write_text(json.dumps({"step": step, "files": hashes}, indent=1))
+        (writing / MANIFEST).write_text(
+            json.dumps({"step": step, "attempt": attempt, "files": hashes}, indent=1)
+        )
         _make_durable(writing / MANIFEST)
         for folder in (*{(writing / name).parent for name in tensors}, writing):
             _sync_folder(folder)
-        if final.exists():  # an earlier attempt at the same step, replaced as a whole
+        attempts.refuse_stale(run, attempt)  # once more: writing may have taken minutes
+        if final.exists():  # this attempt went back and came to the step again; replaced as a whole
             remove_checkpoint(final)
         writing.rename(final)
         _sync_folder(final.parent)
@@ -117,22 +164,39 @@ def remove_checkpoint(folder: Path) -> None:
     """Rename first, so that a kill in between leaves no half of a checkpoint under its name."""
     doomed = folder.parent / f".removing-{folder.name}-{os.getpid()}"
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    with suppress(FileNotFoundError):  # a newer attempt sweeps it at the same time
+        shutil.rmtree(doomed)
 
 
-def prune(run: Path, keep_last: int, keep_every_steps: int | None) -> None:
-    """Remove all but the newest `keep_last` and, if given, the milestones; the newest always stays."""
-    for folder in list_checkpoints(run)[max(1, keep_last) :]:
-        if keep_every_steps and step_of(folder) % keep_every_steps == 0:
-            continue
+def prune(run: Path, keep_last: int, keep_every_steps: int | None, keep: Collection[Path] = ()) -> list[Path]:
+    """Remove all but the newest `keep_last`, the milestones and those in `keep`; returns what was removed.
+
+    The newest that verifies always stays: the disk may have spoilt those after it.
+    """
+    listed = list_checkpoints(run)
+    kept = {folder.resolve() for folder in keep}
+    doomed = []
+    for place, folder in enumerate(listed):
+        is_milestone = bool(keep_every_steps) and step_of(folder) % (keep_every_steps or 1) == 0
+        if place >= max(1, keep_last) and not is_milestone and folder.resolve() not in kept:
+            doomed.append(folder)
+    if doomed:
+        last_valid = next((folder for folder in listed if not verify(folder)), None)
+        doomed = [folder for folder in doomed if folder != last_valid]
+    for folder in doomed:
         remove_checkpoint(folder)
+    return doomed
 
 
 def set_aside(run: Path, after_step: int) -> list[Path]:
-    """Rename the checkpoints beyond a step that a run goes back to, so that none is taken for its own."""
+    """Rename the checkpoints beyond a step that a run goes back to, so that none is taken for its own.
+
+    So are those that a stale attempt left at any step: who looks by name alone, finds what counts.
+    """
+    lineage = attempts.lineage(run)
     moved = []
-    for folder in list_checkpoints(run):
-        if step_of(folder) > after_step:
+    for folder in list_checkpoints(run, all_attempts=True):
+        if step_of(folder) > after_step or not lineage.allows(attempt_of(folder), step_of(folder)):
             aside = folder.with_name(f"aside-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(folder.rename(aside))
@@ -144,7 +208,7 @@ def verify(folder: Path) -> list[str]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files: dict[str, str] = dict(manifest["files"].items())
-        step = int(manifest["step"])
+        step, attempt = int(manifest["step"]), int(manifest.get("attempt", 1))
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -164,7 +228,15 @@ def verify(folder: Path) -> list[str]:
             problems.append(f"{name} is not listed")
     if _is_step_folder(folder) and step_of(folder) != step:
         problems.append(f"holds step {step}")
+    if _is_step_folder(folder) and attempt_of(folder) != attempt:
+        problems.append(f"was written by attempt {attempt}")
     return problems
+
+
+def origin(folder: Path) -> tuple[int, int]:
+    """Attempt and step of a checkpoint that was verified just before, whatever its folder is called."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    return int(manifest.get("attempt", 1)), int(manifest["step"])
 
 
 def newest_valid(run: Path) -> tuple[Path | None, list[str]]:

@@ -7,39 +7,82 @@ import logging
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pretrain import checkpoint
+from pretrain import attempts, checkpoint
+from pretrain.attempts import Attempt, Owner
 from pretrain.errors import UserError
 from pretrain.preflight import Inspected, Request
 
 logger = logging.getLogger("pretrain")
 
 
-def open_folder(request: Request, inspected: Inspected) -> logging.Handler:
-    """Make the run folder, sweep what a killed run left, write down what will run, and open its log."""
+class _RunLog(logging.FileHandler):
+    """A full disk is told once, without tracebacks; the log is written again when there is room."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            logger.warning(
+                "%s cannot be written (%s); training goes on without it", self.baseFilename, error.strerror
+            )
+
+    def close(self) -> None:
+        with suppress(OSError):  # of what was never written
+            super().close()
+
+
+def begin_attempt(run_dir: Path, owner: Owner, lease_seconds: float = 60.0) -> Attempt:
+    """Take the run folder for a new attempt, which a UserError refuses while another one lives."""
+    above = checkpoint.newest_attempt(run_dir)
+    return attempts.begin(run_dir, owner, lease_seconds, above=above, about=environment())
+
+
+def open_folder(request: Request, inspected: Inspected, attempt: Attempt | None = None) -> logging.Handler:
+    """Make the run folder, sweep what a killed run left, write down what will run, and open its log.
+
+    attempt: which holds the folder; it learns here from which checkpoint it goes on.
+    """
     run_dir = request.output_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.sweep(run_dir)
         (run_dir / "config.yaml").write_text(request.config.to_yaml())
         (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
-        handler = logging.FileHandler(run_dir / "train.log")
+        handler = _RunLog(run_dir / "train.log")
     except OSError as error:
         raise UserError(
             f"{run_dir}: cannot be written ({error.strerror}); choose another --output-dir"
         ) from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
-    if inspected.resume_from and run_dir.resolve() in inspected.resume_from.resolve().parents:
-        step = json.loads((inspected.resume_from / checkpoint.STATE).read_text())["step"]
-        for folder in checkpoint.set_aside(run_dir, int(step)):
-            logger.warning("a checkpoint beyond the one resumed from was renamed to %s", folder)
+    try:
+        _go_on_from(run_dir, inspected.resume_from, attempt)
+    except BaseException:
+        logger.removeHandler(handler)
+        handler.close()
+        raise
     return handler
+
+
+def _go_on_from(run_dir: Path, resume_from: Path | None, attempt: Attempt | None) -> None:
+    """Record where the attempt begins, then put aside what it will write again and what is stale."""
+    is_own = resume_from is not None and run_dir.resolve() in resume_from.resolve().parents
+    writer, step = checkpoint.origin(resume_from) if resume_from else (None, 0)
+    if attempt:  # first: what is stale follows from it
+        attempt.began_from(writer if is_own else None, step)
+    for folder in checkpoint.set_aside(run_dir, step if is_own else 0):
+        logger.warning("a checkpoint that does not lead to where the run goes on was renamed to %s", folder)
 
 
 def environment() -> dict[str, Any]:
@@ -55,7 +98,7 @@ def environment() -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
     return {
-        "command": sys.argv,
+        "command": [word.encode("utf-8", "backslashreplace").decode() for word in sys.argv],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version(name) for name in packages},

@@ -117,7 +117,7 @@ class ObjectFile:
         self._location = location
         self._lock = threading.Lock()
         with explained(location):
-            files = _object_store(location.scheme, timeout_seconds, os.getpid())
+            files = object_store(location.scheme, timeout_seconds, os.getpid())
             files.invalidate_cache()
             self._file = files.open(location.url, "rb", cache_type="none")
             details = self._file.details
@@ -159,7 +159,7 @@ def open_remote(location: Location, timeout_seconds: float) -> HttpFile | Object
 def list_remote(location: Location, timeout_seconds: float) -> list[str]:
     """Names of the files directly in a folder of an object store."""
     with explained(location):
-        files = _object_store(location.scheme, timeout_seconds, os.getpid())
+        files = object_store(location.scheme, timeout_seconds, os.getpid())
         files.invalidate_cache()
         entries = files.ls(location.url, detail=True)
         return [entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"]
@@ -235,7 +235,7 @@ def _netrc() -> Path:
 
 
 @lru_cache
-def _object_store(scheme: str, timeout_seconds: float, pid: int) -> Any:
+def object_store(scheme: str, timeout_seconds: float, pid: int) -> Any:
     """The fsspec package of a store."""
     if scheme == "s3":
         from s3fs import S3FileSystem

@@ -46,7 +46,7 @@ def location(server: S3Server, client: Any, monkeypatch: pytest.MonkeyPatch) -> 
     """A file in a bucket, and an environment that may read it."""
     from pretrain.data import remote
 
-    remote._object_store.cache_clear()  # a client keeps the credentials it was made with
+    remote.object_store.cache_clear()  # a client keeps the credentials it was made with
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
