@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from pretrain.cluster import PASSED_ON, PR_SET_PDEATHSIG
+from pretrain.cluster.local import PASSED_ON, PR_SET_PDEATHSIG
 from pretrain.errors import EXIT_PREEMPTED
 
 logger = logging.getLogger("pretrain")
