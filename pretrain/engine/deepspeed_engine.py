@@ -21,15 +21,20 @@ from torch import Tensor, nn
 from pretrain.engine.engine import (
     BufferGuard,
     EngineConfig,
+    GradientAudit,
     OptimizerState,
     StepOutput,
     Tally,
     buffer_dtypes,
     check_buffer_dtypes,
+    check_weights,
     clip_each,
+    clip_together,
     gather_values,
+    shapes_of,
     sum_of_squares,
 )
+from pretrain.engine.host_memory import HostMemory
 from pretrain.errors import ConfigError, nearest
 from pretrain.optim import (
     Knobs,
@@ -105,9 +110,7 @@ def check_deepspeed_config(config: EngineConfig) -> None:
     zero_stage(config)
 
 
-def resolve(
-    config: EngineConfig, optim: OptimConfig, sizes: tuple[int, int, int], num_parameters: int
-) -> dict[str, Any]:
+def resolve(config: EngineConfig, sizes: tuple[int, int, int], num_parameters: int) -> dict[str, Any]:
     """The complete DeepSpeed settings, every default that matters written out.
 
     sizes: (global batch, accumulation steps, world size). Buckets given as "auto" become an eighth of the
@@ -120,8 +123,15 @@ def resolve(
         "contiguous_gradients": True,
         "reduce_scatter": True,
         "round_robin_gradients": False,
+        "allgather_partitions": True,
+        "use_multi_rank_bucket_allreduce": True,
         "reduce_bucket_size": "auto",
         "allgather_bucket_size": "auto",
+        "sub_group_size": 1_000_000_000,
+        "stage3_prefetch_bucket_size": 50_000_000,
+        "stage3_param_persistence_threshold": 100_000,
+        "stage3_max_live_parameters": 1_000_000_000,
+        "stage3_max_reuse_distance": 1_000_000_000,
         **dict(config.deepspeed.get("zero_optimization", {})),  # type: ignore[call-overload]
     }
     bucket = max(1_000_000, num_parameters // 8)
@@ -131,9 +141,17 @@ def resolve(
     ):
         if zero[key] == "auto":
             zero[key] = -(-value // BUCKET_UNIT) * BUCKET_UNIT
+    # parameters without a gradient are told by the audit of the first step
+    zero["ignore_unused_parameters"] = True
+    # the norm is in the step's one collective; DeepSpeed would take it again, with one for each group
+    zero["compute_grad_norm"] = zero["stage"] not in (1, 2)
     return {
         "steps_per_print": 1 << 40,
         "wall_clock_breakdown": False,
+        "communication_data_type": "fp32",
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "managed_gradient_accumulation": True,
         "zero_allow_untested_optimizer": True,  # ours are libraries' with a switch
         "zero_force_ds_cpu_optimizer": False,
         **config.deepspeed,
@@ -141,14 +159,14 @@ def resolve(
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": global_batch // accumulation // world_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optim.clip_norm if optim.clip == "global" else 0.0,
+        "gradient_clipping": 0.0,  # done here, with that norm
         "torch_autocast": {
             "enabled": config.precision == "bf16",
             "dtype": "bfloat16",
             # DeepSpeed would round the gradients of these modules to bf16 and sum them so over ranks
             "lower_precision_safe_modules": BF16_REDUCED if config.gradient_reduction == "bf16" else [],
         },
-        "bf16": {"enabled": False},
+        "bf16": {"enabled": False, "check_grad_overflow": False},  # a step is skipped here, on all ranks
         "fp16": {"enabled": False},
     }
 
@@ -192,12 +210,17 @@ class DeepSpeedEngine:
         self.accumulation_steps = accumulation
         self.optim = optim
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.shapes = {name: p.shape for name, p in self.parameters.items()}  # ZeRO-3 empties the parameters
+        self.all_shapes = shapes_of(module)  # ZeRO-3 empties the parameters
+        self.shapes = {name: self.all_shapes[name] for name in self.parameters}
+        self.audit = GradientAudit(self.parameters)
         self.optimizer = build_optimizer(module, optim, rules)
         self.num_steps = 0
         num_parameters = sum(p.numel() for p in self.parameters.values())
         dtypes = buffer_dtypes(module)
-        self.settings = resolve(config, optim, (global_batch, accumulation, peers.world_size), num_parameters)
+        self.settings = resolve(config, (global_batch, accumulation, peers.world_size), num_parameters)
+        fields = deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields
+        if "compute_grad_norm" not in fields:  # older versions always compute it, and refuse the setting
+            del self.settings["zero_optimization"]["compute_grad_norm"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.engine, *_ = deepspeed.initialize(
@@ -242,8 +265,10 @@ class DeepSpeedEngine:
             outputs.append({name: value.detach() for name, value in output.items()})
             if micro_step < self.accumulation_steps - 1:
                 self.engine.step()  # not a boundary: only counts the micro step
+        self.audit.finish()
         extra = tally()
-        squares = sum_of_squares(self._gradients(), extra.device)
+        gradients = self._gradients()
+        squares = sum_of_squares(gradients, extra.device)
         if self.stage == 0:
             squares = squares / self.peers.world_size  # every rank holds all of it
         with torch.no_grad():
@@ -251,9 +276,12 @@ class DeepSpeedEngine:
                 outputs, squares, extra, self.peers.sum, self.peers.world_size
             )
         if self.optim.clip_norm and self.optim.clip == "tensor":
-            clip_each(self._gradients(), self.optim.clip_norm)  # whole tensors: the stage is 0
+            clip_each(gradients, self.optim.clip_norm)  # whole tensors: the stage is 0
+        elif self.optim.clip_norm:
+            clip_together(gradients, grad_norm, self.optim.clip_norm)
         set_knobs(self.optimizer, knobs)
         self.optimizer.skipping = skipped
+        del gradients  # DeepSpeed frees them before it steps
         self.engine.step()
         self.optimizer.skipping = False
         if skipped:
@@ -268,39 +296,65 @@ class DeepSpeedEngine:
                 yield name, parameter.detach()
         yield from of.named_buffers()
 
-    def weights(self) -> dict[str, Tensor]:
-        persistent = self.module.state_dict().keys()
-        state = {}
-        for name, value in self.student(self.module):
-            if self.peers.rank == 0 and name in persistent:
-                state[name] = value.detach().cpu().clone()
-        return state
+    def weights(self, host: HostMemory | None = None) -> dict[str, Tensor]:
+        host = host or HostMemory()
+        return {
+            name: host.copy(name, value)
+            for name, value in self.student(self.module)
+            if self.peers.rank == 0 and name in self.all_shapes
+        }
 
-    def optimizer_state(self) -> OptimizerState:
+    def optimizer_state(self, host: HostMemory | None = None) -> OptimizerState:
+        host = host or HostMemory()
         tensors = {}
         for name, parameter in self.parameters.items():
             for key in self.optimizer.state_keys:
-                if self.stage == 0:
-                    value = self.optimizer.state_for(parameter)[key]
-                else:
-                    value = self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+                value = self._full_state(parameter, key)
                 if self.peers.rank == 0:
-                    tensors[f"{key}.{name}"] = value.detach().float().cpu().clone()
+                    tensors[f"{key}.{name}"] = host.copy(f"{key}.{name}", value)
         return OptimizerState(self.num_steps, tensors)
+
+    def _full_state(self, parameter: Any, key: str) -> Tensor:
+        """Like the parameter, fp32."""
+        if self.stage == 0:
+            return self.optimizer.state_for(parameter)[key]
+        if self.stage < 3 and self.peers.world_size == 1:  # all of it is here: no collective, no copy
+            whole: Tensor = parameter._hp_mapping.get_hp_fragment(key)
+            return whole.view(parameter.shape)
+        gathered: Tensor = self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+        return gathered.float()
+
+    def without_gradient(self) -> list[str]:
+        return self.audit.without_gradient(self.peers.sum)
 
     @torch.no_grad()
     def set_parameters(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            parameter = self.parameters[name]
-            value = value.to(parameter.device)
-            if self.stage == 3:
-                own = self._own_part(parameter, value)
-                self.deepspeed.utils.safe_set_local_fp32_param(parameter, own)
-                parameter.ds_tensor.data.copy_(own.to(parameter.ds_tensor.dtype))  # type: ignore[attr-defined]
-                continue
+            self._set_parameter(self.parameters[name], value)
+
+    @torch.no_grad()
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        check_weights(state, self.all_shapes)
+        for name, parameter in self.module.named_parameters():
+            self._set_parameter(parameter, state[name])
+        for name, buffer in self.module.named_buffers():
+            if name in state:  # those made anew with the module are in no state dict
+                buffer.copy_(state[name])
+
+    def _set_parameter(self, parameter: Any, value: Tensor) -> None:
+        """Everywhere a parameter, trained or frozen, is kept: as the model reads it, and as it is stepped."""
+        value = value.to(parameter.device, torch.float32)
+        if self.stage < 3:
             parameter.copy_(value)
-            if self.stage:
+            if self.stage and parameter.requires_grad:
                 self.deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+            return
+        own = self._own_part(parameter, value)
+        parameter.ds_tensor.data.copy_(own)
+        if parameter.requires_grad:
+            self.deepspeed.utils.safe_set_local_fp32_param(parameter, own)
+        if parameter.shape == value.shape:  # a small one, kept whole between steps
+            parameter.copy_(value)
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         state.check(self.optimizer.state_keys, self.shapes)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from pretrain.errors import CheckpointError, TrainingError
+from pretrain.engine.host_memory import HostMemory
+from pretrain.errors import CheckpointError, ConfigError, TrainingError
 from pretrain.optim import Knobs
 from pretrain.tasks.multitask import MultiTask
 from pretrain.views.prepare import Inputs
@@ -36,6 +39,8 @@ class EngineConfig(BaseModel):
         "fp32"  # over ranks, with bf16 precision; bf16 halves the traffic
     )
     recompute: bool = False  # recompute blocks in the backward pass to save memory
+    # names, with * and ?, of trained parameters that may stay without a gradient in the first step
+    allow_without_gradient: tuple[str, ...] = ()
     deepspeed: dict[str, object] = {"zero_optimization": {"stage": 1}}  # or the path of a JSON file
 
 
@@ -96,16 +101,30 @@ class Engine(Protocol):
         """Full fp32 parameters, then buffers, of a part of the module, by their names in it."""
         ...
 
-    def weights(self) -> dict[str, Tensor]:
-        """Full fp32 state dict of the module on the CPU; complete on rank 0."""
+    def weights(self, host: HostMemory | None = None) -> dict[str, Tensor]:
+        """Full fp32 state dict of the module on the CPU; complete on rank 0.
+
+        host: memory to copy into, so that checkpoint after checkpoint needs no new one.
+        """
         ...
 
-    def optimizer_state(self) -> OptimizerState:
+    def optimizer_state(self, host: HostMemory | None = None) -> OptimizerState:
         """Complete on rank 0."""
+        ...
+
+    def without_gradient(self) -> list[str]:
+        """Trained parameters whose gradient was absent or all zero, on every rank, in the first step."""
         ...
 
     def set_parameters(self, values: Mapping[str, Tensor]) -> None:
         """Write full fp32 values, equal on every rank, into trained parameters, by their names."""
+        ...
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Write a whole fp32 state dict, complete on every rank, in place: trained, frozen, and buffers.
+
+        Between two steps, as when a run goes back to a checkpoint; CheckpointError if it does not fit.
+        """
         ...
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
@@ -146,6 +165,16 @@ def sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
 
+def clip_together(gradients: list[Tensor], norm: float, max_norm: float) -> None:
+    """Shorten all gradients, in place and by one factor, if their common `norm` is above `max_norm`.
+
+    As torch's `clip_grad_norm_`, with its 1e-6; the norm is known already, so no gradient is read twice.
+    """
+    factor = max_norm / (norm + 1e-6)
+    if gradients and factor < 1.0:
+        torch._foreach_mul_(gradients, factor)
+
+
 def clip_each(gradients: list[Tensor], max_norm: float) -> None:
     """Shorten, in place, each gradient that is longer than `max_norm`, whatever the others are.
 
@@ -155,6 +184,75 @@ def clip_each(gradients: list[Tensor], max_norm: float) -> None:
         norms = torch.stack(torch._foreach_norm(gradients))
         factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, list(factors.unbind()))
+
+
+def check_weights(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse the weights of another model, before any are written. shapes: of all there should be."""
+    missing, unexpected = shapes.keys() - state.keys(), state.keys() - shapes.keys()
+    reshaped = [name for name in shapes if name in state and state[name].shape != shapes[name]]
+    if missing or unexpected or reshaped:
+        example = next(iter([*sorted(missing), *sorted(unexpected), *reshaped]))
+        raise CheckpointError(
+            f"the checkpoint holds the weights of another model ({len(missing)} missing, {len(unexpected)} "
+            f"unexpected, {len(reshaped)} of another shape, such as '{example}'); restore the settings of "
+            "model and tasks, or start anew with another --output-dir"
+        )
+
+
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """Of the state dict; to be asked for before ZeRO-3 takes the parameters apart."""
+    return {name: value.shape for name, value in module.state_dict().items()}
+
+
+class GradientAudit:
+    """Notes which trained parameters the first step reaches, then gets out of the way.
+
+    A gradient is looked at as autograd hands it over, before DeepSpeed reduces, divides and frees it.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._names = list(parameters)
+        self._reached: dict[str, Tensor] = {}  # bool (), on the device: nothing waits for it here
+        self._handles = [
+            parameter.register_hook(partial(self._note, name))  # type: ignore[no-untyped-call]
+            for name, parameter in parameters.items()
+        ]
+
+    def _note(self, name: str, gradient: Tensor) -> None:
+        reached = gradient.detach().any()
+        self._reached[name] = self._reached[name] | reached if name in self._reached else reached
+
+    def finish(self) -> None:
+        """Called after every step; the first ends the audit."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def without_gradient(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> list[str]:
+        assert not self._handles, "asked before the first step was taken"
+        if not self._names:
+            return []
+        nothing = torch.zeros((), dtype=torch.bool, device=_device_of(self._reached))
+        reached = torch.stack([self._reached.get(name, nothing) for name in self._names])
+        with torch.no_grad():
+            counts = sum_over_ranks(reached.double()).tolist()
+        return [name for name, count in zip(self._names, counts, strict=True) if not count]
+
+
+def _device_of(tensors: Mapping[str, Tensor]) -> torch.device | None:
+    return next((tensor.device for tensor in tensors.values()), None)
+
+
+def check_without_gradient(names: Sequence[str], allowed: Sequence[str]) -> None:
+    """Refuse trained parameters that nothing trains, but for those that the config names."""
+    left = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allowed)]
+    if left:
+        shown = ", ".join(f"'{name}'" for name in left[:3]) + (", ..." if len(left) > 3 else "")
+        raise ConfigError(
+            f"tasks: {len(left)} trained parameters got no gradient in the first step ({shown}); give the "
+            "task that trains them a weight above 0 or leave it out, or name them under "
+            "engine.allow_without_gradient"
+        )
 
 
 def buffer_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
@@ -186,9 +284,13 @@ class BufferGuard:
         self._kept = [buffer.clone() for buffer in self._buffers]
 
     def keep(self) -> None:
-        for kept, buffer in zip(self._kept, self._buffers, strict=True):
-            kept.copy_(buffer)
+        _copy(self._buffers, self._kept)
 
     def restore(self) -> None:
-        for kept, buffer in zip(self._kept, self._buffers, strict=True):
-            buffer.copy_(kept)
+        _copy(self._kept, self._buffers)
+
+
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    """All at once: on a GPU one launch instead of one for each of many small tensors."""
+    if source:
+        torch._foreach_copy_(target, source)

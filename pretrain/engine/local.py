@@ -9,13 +9,18 @@ from torch import Tensor, nn
 
 from pretrain.engine.engine import (
     BufferGuard,
+    GradientAudit,
     OptimizerState,
     StepOutput,
     Tally,
+    check_weights,
     clip_each,
+    clip_together,
     gather_values,
+    shapes_of,
     sum_of_squares,
 )
+from pretrain.engine.host_memory import HostMemory
 from pretrain.optim import Knobs, OptimConfig, ParameterRule, build_optimizer, set_knobs
 from pretrain.tasks.multitask import MultiTask
 from pretrain.views.prepare import Inputs
@@ -41,6 +46,7 @@ class LocalEngine:
         self.num_steps = 0
         self.device_type = next(module.parameters()).device.type
         self.buffers = BufferGuard(module)
+        self.audit = GradientAudit(self.parameters)
 
     def train_step(self, micro_inputs: Iterator[Inputs], knobs: Knobs, tally: Tally) -> StepOutput:
         outputs = []
@@ -51,6 +57,7 @@ class LocalEngine:
                 output = self.module(inputs)
             (output["total"] / self.accumulation_steps).backward()
             outputs.append({name: value.detach() for name, value in output.items()})
+        self.audit.finish()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         extra = tally()
         squares = sum_of_squares(gradients, extra.device)
@@ -60,7 +67,7 @@ class LocalEngine:
         if self.optim.clip_norm and self.optim.clip == "tensor":
             clip_each(gradients, self.optim.clip_norm)
         elif self.optim.clip_norm:
-            nn.utils.clip_grad_norm_(self.parameters.values(), self.optim.clip_norm)
+            clip_together(gradients, grad_norm, self.optim.clip_norm)
         set_knobs(self.optimizer, knobs)
         if skipped:
             self.buffers.restore()
@@ -74,20 +81,32 @@ class LocalEngine:
         yield from ((name, p.detach()) for name, p in of.named_parameters())
         yield from of.named_buffers()
 
-    def weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
+    def weights(self, host: HostMemory | None = None) -> dict[str, Tensor]:
+        host = host or HostMemory()
+        return {name: host.copy(name, value) for name, value in self.module.state_dict().items()}
 
-    def optimizer_state(self) -> OptimizerState:
+    def optimizer_state(self, host: HostMemory | None = None) -> OptimizerState:
+        host = host or HostMemory()
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             own = self.optimizer.state_for(parameter)
-            tensors |= {f"{key}.{name}": own[key].cpu().clone() for key in self.optimizer.state_keys}
+            for key in self.optimizer.state_keys:
+                tensors[f"{key}.{name}"] = host.copy(f"{key}.{name}", own[key])
         return OptimizerState(self.num_steps, tensors)
+
+    def without_gradient(self) -> list[str]:
+        return self.audit.without_gradient(lambda vector: vector)
 
     @torch.no_grad()
     def set_parameters(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self.module.get_parameter(name).copy_(value)
+
+    @torch.no_grad()
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        check_weights(state, shapes_of(self.module))
+        for name, value in self.module.state_dict().items():
+            value.copy_(state[name])
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         keys = self.optimizer.state_keys

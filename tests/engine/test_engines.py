@@ -192,6 +192,6 @@ def test_bf16_autocast_keeps_weights_statistics_and_moments_in_fp32(
 def test_gradients_are_reduced_in_fp32_unless_bf16_is_asked_for() -> None:
     for asked, rounded in (("fp32", []), ("bf16", BF16_REDUCED)):
         engine = EngineConfig(precision="bf16", gradient_reduction=asked)
-        autocast = resolve(engine, config().optim, (16, 2, 1), 1000)["torch_autocast"]
+        autocast = resolve(engine, (16, 2, 1), 1000)["torch_autocast"]
         assert autocast["enabled"]
         assert autocast["lower_precision_safe_modules"] == rounded
