@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+
 import timm
 import torch
 from timm.models.swin_transformer import SwinTransformer
@@ -9,7 +12,7 @@ from timm.models.swin_transformer import SwinTransformer
 from pretrain import build
 from pretrain.config import RunConfig
 from pretrain.engine.deepspeed_engine import check_deepspeed_config, zero_stage
-from pretrain.errors import ConfigError, nearest
+from pretrain.errors import ConfigError, UserError, nearest
 from pretrain.models.backbone import Backbone, BackboneConfig, create_backbone, levels_of
 from pretrain.optim import check_optimizer_stage
 from pretrain.tasks import TASKS
@@ -19,17 +22,70 @@ from pretrain.views.plan import encoder_calls, stream_indices
 
 
 def check(config: RunConfig, world_size: int) -> None:
-    """Everything that can be known to be wrong from the settings alone. Raises ConfigError."""
+    """Everything that can be known to be wrong from the settings alone: ConfigError, with a line for each."""
+    problems = [problem for part in find_problems(config, world_size).values() for problem in part]
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ConfigError(told(problems))
+
+
+def told(problems: Sequence[UserError]) -> str:
+    """Several problems as one message, each on a line of its own that says whose it is, as the first does."""
+    return "\npretrain: ".join(str(problem) for problem in problems)
+
+
+def find_problems(config: RunConfig, world_size: int) -> dict[str, list[ConfigError]]:
+    """What is wrong, by the part of the settings; parts without problems are absent.
+
+    What could only repeat the problem of another part is not looked at.
+    """
+    found: dict[str, list[ConfigError]] = {}
+
+    def look(part: str, checks: Iterable[Callable[[], None]], needs: Collection[str] = ()) -> None:
+        if found.keys().isdisjoint(needs):
+            problems = _failing(checks)
+            if problems:
+                found[part] = [*found.get(part, []), *problems]
+
+    named = list(config.tasks.enabled())
+    look("tasks", [partial(_check_any_task, config)])
+    look("model", [partial(_check_model, config)])
+    if config.views:
+        of_views = [partial(_check_view, config, name) for name in config.views]
+        look("views", [partial(_check_first_size, config)], needs=["model"])
+        look("views", [*of_views, partial(_check_turns, config), partial(_check_fill, config)])
+        views_fit = "views" not in found
+        look("names", [partial(_check_likes, config)])
+        look("names", [partial(_check_names, config, task, views_fit) for task in named], needs=["names"])
+        alone = [partial(_check_task, config, task, None) for task in named]
+        look("tasks", alone, needs=["tasks", "model", "views", "names"])
+        look("teacher", [partial(_check_teacher, config)], needs=["names", "views"])
+        look("patches", [partial(_check_patches, config)], needs=["tasks", "model", "views", "names"])
+    else:
+        found["views"] = [ConfigError("views: none is named; a view needs a name, such as `one: {}`")]
+    look("batch", [partial(_check_lanes, config, world_size), partial(_check_batch, config)])
+    look("schedule", [partial(_check_schedule, config)])
+    look("engine", [partial(_check_engine, config, world_size)])
+    return found
+
+
+def _failing(checks: Iterable[Callable[[], None]]) -> list[ConfigError]:
+    problems = []
+    for run in checks:
+        try:
+            run()
+        except ConfigError as error:
+            problems.append(error)
+    return problems
+
+
+def _check_any_task(config: RunConfig) -> None:
     if not config.tasks.enabled():
         raise ConfigError(f"tasks: none is named; name one or more of {', '.join(TASKS)}")
-    _check_model(config)
-    _check_views(config)
-    _check_names(config)
-    check_tasks(config)
-    _check_teacher(config)
-    _check_patches(config)
-    _check_batch(config, world_size)
-    _check_schedule(config)
+
+
+def _check_engine(config: RunConfig, world_size: int) -> None:
     if config.engine.kind == "deepspeed":
         check_deepspeed_config(config.engine)
         check_optimizer_stage(config.optim, zero_stage(config.engine))
@@ -122,8 +178,8 @@ def _outline(model: BackboneConfig, num_registers: int) -> Backbone:
             return create_backbone(_one_block(model), num_registers)
 
 
-def _check_names(config: RunConfig) -> None:
-    """Views are named correctly wherever they are named, and there are enough of them."""
+def _check_likes(config: RunConfig) -> None:
+    """Views that copy another's place in the image name one that there is."""
     for name, view in config.views.items():
         if isinstance(view.like, str) and view.like not in config.views:
             raise ConfigError(
@@ -135,42 +191,54 @@ def _check_names(config: RunConfig) -> None:
         stream_indices(config.views)
     except ValueError as error:
         raise ConfigError(f"views: {error}; one of them must stand for itself") from None
-    for task, settings in config.tasks.enabled().items():
-        if settings.weight < 0:
-            raise ConfigError(f"tasks.{task}.weight: {settings.weight} is below 0; use 0 or more")
-        for name in settings.views or ():
-            if name not in config.views:
-                raise ConfigError(
-                    f"tasks.{task}.views: no view is named '{name}'; known: {', '.join(config.views)}"
-                )
-        names = build.views_of(config, task)
-        if len(set(names)) < len(names) or not names:
-            raise ConfigError(f"tasks.{task}.views: {list(names)} must name one or more different views")
-        if TASKS[task].reads == "pair" and len(names) != 2:
+
+
+def _check_names(config: RunConfig, task: str, views_fit: bool) -> None:
+    """A task names views that there are; if all views are sound, also enough of them that go together."""
+    settings = config.tasks.enabled()[task]
+    if settings.weight < 0:
+        raise ConfigError(f"tasks.{task}.weight: {settings.weight} is below 0; use 0 or more")
+    for name in settings.views or ():
+        if name not in config.views:
             raise ConfigError(
-                f"tasks.{task}: compares two views, but has {len(names)}; "
-                + ("add a view" if len(names) < 2 else "name two")
+                f"tasks.{task}.views: no view is named '{name}'; known: {', '.join(config.views)}"
             )
-        made = encoder_calls(build.views(config))
-        calls = {place for place, call in enumerate(made) for n in names if n in call}
-        if len(calls) > 1 and TASKS[task].reads != "all":
-            raise ConfigError(
-                f"tasks.{task}.views: {list(names)} differ in size, or in what is hidden or worked on; "
-                "give views that are encoded together"
-            )
+    if not views_fit:
+        return
+    names = build.views_of(config, task)
+    if len(set(names)) < len(names) or not names:
+        raise ConfigError(f"tasks.{task}.views: {list(names)} must name one or more different views")
+    if TASKS[task].reads == "pair" and len(names) != 2:
+        raise ConfigError(
+            f"tasks.{task}: compares two views, but has {len(names)}; "
+            + ("add a view" if len(names) < 2 else "name two")
+        )
+    if TASKS[task].reads == "all":
+        return
+    known = {view: place for place, call in enumerate(encoder_calls(build.views(config))) for view in call}
+    if len({known[name] for name in names}) > 1:
+        raise ConfigError(
+            f"tasks.{task}.views: {list(names)} differ in size, or in what is hidden or worked on; "
+            "give views that are encoded together"
+        )
 
 
 def check_tasks(config: RunConfig, num_samples: int | None = None) -> None:
     """Does every task fit the views and the model? num_samples: of the data, where it is known."""
-    for name, settings in config.tasks.enabled().items():
-        spec, around = TASKS[name], build.surroundings(config, name, num_samples)
-        if spec.reads in ("pair", "all") and build.micro_step_batch(config) < 2:
-            raise ConfigError(f"batch: tasks.{name} compares images, and a micro step has one; raise it")
-        reason = _general_reason(name, config, around)
-        if reason is None and spec.unsuited is not None:
-            reason = spec.unsuited(settings, around)
-        if reason is not None:
-            raise ConfigError(f"tasks.{name}: {reason}")
+    problems = _failing([partial(_check_task, config, task, num_samples) for task in config.tasks.enabled()])
+    if problems:
+        raise problems[0] if len(problems) == 1 else ConfigError(told(problems))
+
+
+def _check_task(config: RunConfig, task: str, num_samples: int | None) -> None:
+    spec, around = TASKS[task], build.surroundings(config, task, num_samples)
+    if spec.reads in ("pair", "all") and build.micro_step_batch(config) < 2:
+        raise ConfigError(f"batch: tasks.{task} compares images, and a micro step has one; raise it")
+    reason = _general_reason(task, config, around)
+    if reason is None and spec.unsuited is not None:
+        reason = spec.unsuited(config.tasks.enabled()[task], around)
+    if reason is not None:
+        raise ConfigError(f"tasks.{task}: {reason}")
 
 
 def _general_reason(task: str, config: RunConfig, around: Surroundings) -> str | None:
@@ -230,49 +298,52 @@ def _check_teacher(config: RunConfig) -> None:
         )
 
 
-def _check_views(config: RunConfig) -> None:
-    if not config.views:
-        raise ConfigError("views: none is named; a view needs a name, such as `one: {}`")
-    first = next(iter(config.views.values()))
-    if first.size_px != config.model.img_px:
+def _check_first_size(config: RunConfig) -> None:
+    name, view = next(iter(config.views.items()))
+    if view.size_px != config.model.img_px:
         raise ConfigError(
-            f"views.{next(iter(config.views))}.size_px: {first.size_px} differs from model.img_px, "
-            f"{config.model.img_px}; the first view is of the model's own size"
+            f"views.{name}.size_px: {view.size_px} differs from model.img_px, {config.model.img_px}; "
+            "the first view is of the model's own size"
         )
-    for name, view in config.views.items():
-        _check_size(config, name, view.size_px)
-        ranges = {"scale": view.scale, "aspect": view.aspect, "blur.sigma_px": view.blur.sigma_px}
-        for setting, (low, high) in ranges.items():
-            if not 0 < low <= high:
-                raise ConfigError(
-                    f"views.{name}.{setting}: [{low}, {high}] is not a range above 0, low to high"
-                )
-        if view.scale[1] > 1:
+
+
+def _check_view(config: RunConfig, name: str) -> None:
+    view = config.views[name]
+    _check_size(config, name, view.size_px)
+    ranges = {"scale": view.scale, "aspect": view.aspect, "blur.sigma_px": view.blur.sigma_px}
+    for setting, (low, high) in ranges.items():
+        if not 0 < low <= high:
+            raise ConfigError(f"views.{name}.{setting}: [{low}, {high}] is not a range above 0, low to high")
+    if view.scale[1] > 1:
+        raise ConfigError(f"views.{name}.scale: a crop covers at most 1.0 of the image, not {view.scale[1]}")
+    if view.shift_px >= view.size_px:
+        raise ConfigError(f"views.{name}.shift_px: {view.shift_px} is not below size_px, {view.size_px}")
+    if view.shuffle and view.corrupt and build.patch_config(config).total:
+        raise ConfigError(
+            f"views.{name}.shuffle: moves the patches that patch-level tasks work on; set `corrupt: false`"
+        )
+    if view.mask is not None and not config.model.is_swin:
+        side = view.size_px // config.model.token_px
+        num_kept(view.mask, (side, side))  # raises where the grid is too small
+    if view.mask is not None and config.model.is_swin:
+        raise ConfigError(
+            f"views.{name}.mask: a Swin works on windows of whole images and can neither drop patches "
+            "nor stand a token in for them; choose a ViT"
+        )
+
+
+def _check_turns(config: RunConfig) -> None:
+    if config.tasks.rotation is None or _has_all_turns(config):
+        return
+    for name in build.views_of(config, "rotation"):
+        if name in config.views and not config.views[name].turn:
             raise ConfigError(
-                f"views.{name}.scale: a crop covers at most 1.0 of the image, not {view.scale[1]}"
+                "tasks.rotation: needs `turn: true` in every view it reads, or a view for each "
+                "fixed_turn; else every label is 'not turned'"
             )
-        if view.shift_px >= view.size_px:
-            raise ConfigError(f"views.{name}.shift_px: {view.shift_px} is not below size_px, {view.size_px}")
-        if view.shuffle and view.corrupt and build.patch_config(config).total:
-            raise ConfigError(
-                f"views.{name}.shuffle: moves the patches that patch-level tasks work on; "
-                "set `corrupt: false`"
-            )
-        if view.mask is not None and not config.model.is_swin:
-            side = view.size_px // config.model.token_px
-            num_kept(view.mask, (side, side))  # raises where the grid is too small
-        if view.mask is not None and config.model.is_swin:
-            raise ConfigError(
-                f"views.{name}.mask: a Swin works on windows of whole images and can neither drop patches "
-                "nor stand a token in for them; choose a ViT"
-            )
-    if config.tasks.rotation is not None:
-        for name in build.views_of(config, "rotation"):
-            if name in config.views and not config.views[name].turn and not _has_all_turns(config):
-                raise ConfigError(
-                    "tasks.rotation: needs `turn: true` in every view it reads, or a view for each "
-                    "fixed_turn; else every label is 'not turned'"
-                )
+
+
+def _check_fill(config: RunConfig) -> None:
     inpainting = config.tasks.inpainting
     if config.model.is_swin and inpainting is not None and inpainting.fill == "token":
         raise ConfigError("tasks.inpainting.fill: a Swin has no mask token; set it to 'zero'")
@@ -331,13 +402,16 @@ def check_lengths(config: RunConfig, num_samples: int) -> None:
         )
 
 
-def _check_batch(config: RunConfig, world_size: int) -> None:
-    size, accumulation, lanes = config.batch.global_size, config.batch.accumulation_steps, config.data.lanes
-    if lanes % world_size:
+def _check_lanes(config: RunConfig, world_size: int) -> None:
+    if config.data.lanes % world_size:
         raise ConfigError(
-            f"data.lanes: {lanes} lanes cannot be shared equally by {world_size} ranks; "
-            f"{_nearest(lanes, world_size)}"
+            f"data.lanes: {config.data.lanes} lanes cannot be shared equally by {world_size} ranks; "
+            f"{_nearest(config.data.lanes, world_size)}"
         )
+
+
+def _check_batch(config: RunConfig) -> None:
+    size, accumulation, lanes = config.batch.global_size, config.batch.accumulation_steps, config.data.lanes
     unit = lanes * accumulation
     if size % unit:
         raise ConfigError(
