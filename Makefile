@@ -5,12 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NPROC ?= 2
+MINUTES ?= 30
+export SLURM_TEST_CLUSTER ?= ../shared/cluster
 RUN ?= runs/demo
 OUT ?= $(RUN)/exported
 SAMPLE := data_shards/sample
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow gpu-check bench bench-overhead bench-data check format shards pretrain export evaluate clean
+.PHONY: help setup demo test test-slow test-cluster test-cluster-slow chaos gpu-check bench bench-overhead bench-engine \
+	bench-checkpoint bench-data check format shards pretrain export evaluate clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -52,7 +55,16 @@ test: $(READY) ## lint, types and all tests that take less than half a minute ea
 	$(BIN)/pytest -q
 
 test-slow: $(READY) ## the tests that take longer
-	$(BIN)/pytest -q -m slow --timeout 1800
+	$(BIN)/pytest -q -m "slow and not cluster" --timeout 1800
+
+test-cluster: $(READY) ## jobs on a Slurm cluster on this machine; SLURM_TEST_CLUSTER is the folder with its up.sh
+	$(BIN)/pytest -q -rs -m "cluster and not slow" --timeout 900 tests/cluster
+
+test-cluster-slow: $(READY) ## those that take longer: time limits, cut networks
+	$(BIN)/pytest -q -rs -m "cluster and slow" --timeout 1800 tests/cluster
+
+chaos: $(READY) ## MINUTES of random kills, signals, cuts and full disks on that cluster, against an undisturbed run
+	$(BIN)/python tests/cluster/chaos.py --minutes $(MINUTES) --out benchmarks/results/chaos.json
 
 gpu-check: $(READY) ## the tests that need a CUDA device
 	$(BIN)/pytest -q -m gpu
@@ -62,6 +74,12 @@ bench: $(READY) ## side-by-side step times on this machine, as ratios
 
 bench-overhead: $(READY) ## what each task or decoder adds to a contrastive step
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results/overhead-cpu.json
+
+bench-engine: $(READY) ## DeepSpeed beside a bare torch loop, and ZeRO stages beside each other
+	$(BIN)/python benchmarks/engine.py --out benchmarks/results/engine-cpu.json
+
+bench-checkpoint: $(READY) ## how long a checkpoint of ViT-B holds up the training, and how long it takes to write
+	$(BIN)/python benchmarks/checkpoint.py --out benchmarks/results/checkpoint-cpu.json
 
 bench-data: $(READY) ## images/s of the loader beside other loaders; PEERS is a python that has them (benchmarks/peers.txt)
 	$(BIN)/python benchmarks/data.py --out benchmarks/results/data-cpu.json $(if $(PEERS),--peers-python $(PEERS))

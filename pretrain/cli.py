@@ -14,10 +14,22 @@ from typing import Any, NoReturn
 
 from pretrain import __version__
 from pretrain.data.build.arguments import add_arguments as build_arguments
-from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, TrainingError, UserError
+from pretrain.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    ConfigError,
+    PreemptedError,
+    TrainingError,
+    UserError,
+)
 from pretrain.evaluate import arguments as evaluate_arguments
 
-EXIT_CODES = "exit codes: 0 done, 2 wrong input (one line says what and the remedy), 1 anything else"
+EXIT_CODES = (
+    "exit codes: 0 done, 2 wrong input (one line says what and the remedy), 75 stopped on request, saved and "
+    "resumable, 1 anything else"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,28 +54,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run a pretraining described by a YAML file", epilog=EXIT_CODES)
-    train.add_argument("config", type=Path, metavar="CONFIG")
-    train.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file"
-    )
-    train.add_argument(
-        "--output-dir", type=Path, metavar="DIR", help="run folder (default: runs/<name of CONFIG>)"
-    )
-    train.add_argument(
-        "--resume",
-        default="none",
-        metavar="auto|none|PATH",
-        help="auto: continue the run folder from its newest valid checkpoint; PATH: a checkpoint or a run",
-    )
-    train.add_argument(
-        "--allow-new-data",
-        action="store_true",
-        help="resume though the shards have changed: read the new ones from their beginning",
-    )
+    _add_run_arguments(train)
     train.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine")
     train.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the layout, start nothing"
+        "--dry-run", action="store_true", help="build everything, take one step as rank 0, write nothing"
     )
+    train.add_argument("--world-size", type=_positive, metavar="N", help="with --dry-run: as rank 0 of N")
+    check = commands.add_parser(
+        "check", help="find everything that is wrong with a run before it starts", epilog=EXIT_CODES
+    )
+    _add_run_arguments(check)
+    check.add_argument("--nproc", type=_positive, metavar="N", help="ranks on this machine")
 
     _add_sweep(commands)
     listing = commands.add_parser("list", help="list the methods, tasks and backbones there are")
@@ -152,6 +153,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_run_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, metavar="CONFIG")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file"
+    )
+    command.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="run folder (default: runs/<name of CONFIG>)"
+    )
+    command.add_argument(
+        "--resume",
+        default="none",
+        metavar="auto|none|PATH",
+        help="auto: continue the run folder from its newest valid checkpoint; PATH: a checkpoint or a run",
+    )
+    command.add_argument(
+        "--allow-new-data",
+        action="store_true",
+        help="resume though the shards have changed: read the new ones from their beginning",
+    )
+    command.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume though this setting has changed, such as 'tasks'; may be given several times",
+    )
+
+
 def _add_sweep(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep", help="run and compare the variants of a study", epilog=f"{EXIT_CODES}; 75 not finished yet"
@@ -192,9 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[parsed.command](parsed)
     except UserError as error:
-        rank = os.environ.get("RANK") or "0"
-        print(f"pretrain: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)  # noqa: T201
+        rank = _own_rank() if parsed.command == "train" else 0
+        print(f"pretrain: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)  # noqa: T201
         return EXIT_USER_ERROR
+    except PreemptedError as error:
+        logging.getLogger("pretrain").info("stopped: %s; continue with --resume auto", error)
+        return EXIT_PREEMPTED
     except TrainingError as error:
         logging.getLogger("pretrain").error("stopped: %s", error)
         return EXIT_FAILED
@@ -203,6 +235,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read what is printed, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+
+
+def _own_rank() -> int:
+    from pretrain import cluster
+
+    try:
+        return cluster.detect().rank
+    except UserError:  # what the launcher says is what is wrong
+        return 0
 
 
 def _set_up_logging() -> None:
@@ -215,32 +256,81 @@ def _set_up_logging() -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from pretrain.preempt import held_back
+
+    num_processes = arguments.nproc
+    if num_processes is not None and num_processes < 1:
+        raise UserError(f"--nproc {num_processes}: at least one rank is needed")
+    is_launcher = num_processes is not None and num_processes > 1 and "RANK" not in os.environ
+    if is_launcher:  # which passes signals on
+        return _train_as_told(arguments, num_processes)
+    with held_back():
+        return _train_as_told(arguments, None)
+
+
+def _train_as_told(arguments: argparse.Namespace, num_processes: int | None) -> int:
+    """num_processes: to be started by this one; None if it is a rank itself."""
     from pretrain import cluster
-    from pretrain.config import load_config
-    from pretrain.preflight import Request, describe, inspect
+    from pretrain.preflight import inspect
     from pretrain.train import run
 
     place = cluster.detect()
     if not place.is_first:
         logging.getLogger("pretrain").setLevel(logging.WARNING)  # rank 0 speaks; the others only warn
-    config = load_config(arguments.config, arguments.overrides)
-    output_dir = arguments.output_dir or Path("runs") / arguments.config.stem
-    request = Request(config, output_dir, arguments.resume, arguments.allow_new_data)
-    num_processes = arguments.nproc
-    if num_processes is not None and num_processes < 1:
-        raise UserError(f"--nproc {num_processes}: at least one rank is needed")
-    is_launcher = num_processes is not None and num_processes > 1 and "RANK" not in os.environ
-    if is_launcher:
+    request = _run_request(arguments)
+    if num_processes is not None:
         place = cluster.Cluster(0, num_processes, 0, num_processes, "--nproc")
     if arguments.dry_run:
-        print(describe(request, inspect(request, place), place))  # noqa: T201
-        return EXIT_DONE
-    if is_launcher:
+        return _rehearse(request, place, arguments.world_size)
+    if arguments.world_size is not None:
+        raise UserError(
+            f"--world-size {arguments.world_size}: goes with --dry-run only; a run counts its ranks"
+        )
+    if num_processes is not None:
         inspect(request, place)
         command = [sys.executable, "-m", "pretrain", *sys.argv[1:]]
         return cluster.launch_local(command, num_processes)
     run(request, place)
     return EXIT_DONE
+
+
+def _run_request(arguments: argparse.Namespace) -> Any:
+    from pretrain.config import load_config
+    from pretrain.preflight import Request
+
+    config = load_config(arguments.config, arguments.overrides)
+    output_dir = arguments.output_dir or Path("runs") / arguments.config.stem
+    allowed = tuple(arguments.allow_change)
+    return Request(config, output_dir, arguments.resume, arguments.allow_new_data, allowed)
+
+
+def _rehearse(request: Any, place: Any, world_size: int | None) -> int:
+    from pretrain import cluster
+    from pretrain.rehearsal import describe_rehearsal, rehearse
+
+    if world_size is not None:
+        place = cluster.Cluster(0, world_size, 0, min(world_size, place.local_world_size), "rehearsal")
+    if place.is_first:
+        _say(describe_rehearsal(request, rehearse(request, place), place))
+    return EXIT_DONE
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from pretrain import cluster
+    from pretrain.preflight import Problem, find_problems, find_problems_of_machine
+
+    place = cluster.detect()
+    if arguments.nproc is not None and place.world_size == 1:
+        place = cluster.Cluster(0, arguments.nproc, 0, arguments.nproc, "--nproc")
+    try:
+        problems = find_problems(_run_request(arguments), place)
+    except ConfigError as error:  # the settings cannot be read; the machine still can be looked at
+        problems = [Problem(error), *find_problems_of_machine(place)]
+    for problem in problems:
+        _say(f"{'warning' if problem.is_warning else 'error'}: {problem.line}")
+    num_errors = sum(not problem.is_warning for problem in problems)
+    _say(f"{num_errors} errors, {len(problems) - num_errors} warnings")
+    return EXIT_USER_ERROR if num_errors else EXIT_DONE
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -440,6 +530,7 @@ def _next_steps(run: Path, results: Path) -> str:
 _SHARDS = {"build": _build, "index": _index, "verify": _verify, "bench": _bench}
 _COMMANDS = {
     "train": _train,
+    "check": _check,
     "sweep": _sweep,
     "list": _list,
     "shards": _shards,

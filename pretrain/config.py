@@ -12,15 +12,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from pretrain.checkpoint_writer import CheckpointConfig
+from pretrain.cluster import ClusterConfig
 from pretrain.data.loader import DataConfig
 from pretrain.engine.engine import EngineConfig
 from pretrain.errors import ConfigError, nearest
+from pretrain.guard import GuardConfig
 from pretrain.metrics.exporter import PrometheusConfig
 from pretrain.models.backbone import BackboneConfig
 from pretrain.optim import NotNegative, OptimConfig, Positive
+from pretrain.preempt import PreemptConfig
 from pretrain.tasks import TASKS
 from pretrain.tasks.balance import BalanceConfig
 from pretrain.views.plan import ViewConfig
+from pretrain.watchdog import WatchdogConfig
 
 Count = Annotated[int, Field(gt=0)]
 MAX_DEPTH = 32  # of nested settings
@@ -71,19 +76,9 @@ class TeacherConfig(_Settings):
     update: Literal["after", "before"] = "after"  # the optimizer step, or the keys of a step (MoCo, MoBY)
 
 
-class CheckpointConfig(_Settings):
-    every_steps: Count = 1000
-    keep_last: Count = 3
-    keep_every_steps: Count | None = None  # milestones that are never removed
-
-
 class LogConfig(_Settings):
     every_steps: Count = 10
     prometheus: PrometheusConfig = PrometheusConfig()
-
-
-class GuardConfig(_Settings):
-    max_nonfinite_steps: Count = 10  # in a row; then the run stops
 
 
 class _AnyTasks(BaseModel):
@@ -116,6 +111,9 @@ class RunConfig(_Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     guard: GuardConfig = GuardConfig()
+    preempt: PreemptConfig = PreemptConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

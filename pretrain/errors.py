@@ -27,6 +27,14 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used: absent, damaged, or of another model."""
 
 
+class PreemptedError(Exception):
+    """A run that was asked to stop, has saved its state after `step` steps, and can be continued (75)."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class TrainingError(Exception):
     """A run that must stop through no fault of its input (exit code 1)."""
 

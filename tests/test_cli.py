@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,14 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from small_config import CONFIG, small_config, write_config
 from small_shards import make_shards
 
-from pretrain import checkpoint, cluster
+from pretrain import build, checkpoint, cluster
 from pretrain.cli import main
+from pretrain.config import RunConfig
 from pretrain.data.loader import open_splits
 from pretrain.preflight import Inspected, Request, describe, identity, inspect
 from pretrain.train import load_weights, samples_digest
@@ -178,7 +181,7 @@ def test_settings_that_do_not_change_the_data_or_the_model_may_change_on_resume(
 ) -> None:
     run = saved_run(shards, tmp_path)
     path = config_for(shards, tmp_path)
-    assert main(["train", str(path), override, "--resume", str(run), "--output-dir", "new", "--dry-run"]) == 0
+    assert main(["check", str(path), override, "--resume", str(run), "--output-dir", "new"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -205,18 +208,47 @@ def test_wrong_arguments_end_with_code_2_and_one_line_that_says_why(
     assert "--help` lists what it takes" in told
 
 
-def test_a_dry_run_prints_the_layout_and_starts_nothing(
-    capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _forbid_starting(monkeypatch: pytest.MonkeyPatch, *, group: bool) -> None:
     def forbidden(*arguments: object, **settings: object) -> None:
-        pytest.fail("a dry run started something")
+        pytest.fail("something was started")
 
-    monkeypatch.setattr(cluster, "connected", forbidden)
+    if group:
+        monkeypatch.setattr(cluster, "connected", forbidden)
     monkeypatch.setattr(cluster, "launch_local", forbidden)
     monkeypatch.setattr(subprocess, "Popen", forbidden)
+
+
+def test_a_check_starts_nothing_and_counts_what_it_found(
+    capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _forbid_starting(monkeypatch, group=True)
+    path = config_for(shards, tmp_path)
+    arguments = ["check", str(path), "log.prometheus.enabled=false"]
+    assert main([*arguments, "--nproc", "2"]) == 0
+    assert capsys.readouterr().out == "0 errors, 0 warnings\n"
+    assert main([*arguments, "--nproc", "3"]) == 2
+    printed = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("error: ") and "3 ranks" in line for line in printed), printed
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_dry_run_takes_a_step_as_rank_0_prints_the_layout_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With plain torch: DeepSpeed can be started once in a process, and test_rehearsal does that."""
+    engine = build.engine
+
+    def local(config: RunConfig, *parts: Any) -> Any:
+        settings = config.engine.model_copy(update={"kind": "local"})
+        return engine(config.model_copy(update={"engine": settings}), *parts)
+
+    monkeypatch.setattr(build, "engine", local)
+    monkeypatch.setattr(cluster, "connected", lambda place: contextlib.nullcontext())
+    _forbid_starting(monkeypatch, group=False)
     path = config_for(shards, tmp_path)
     for num_ranks, micro in ((1, 8), (2, 4), (4, 2)):
-        assert main(["train", str(path), "--dry-run", "--nproc", str(num_ranks)]) == 0
+        arguments = ["train", str(path), "data.decode_threads=0", "--dry-run", "--nproc", str(num_ranks)]
+        assert main(arguments) == 0
         printed = capsys.readouterr()
         assert printed.err == ""
         assert f"1 node x {num_ranks} ranks" in printed.out
@@ -224,6 +256,7 @@ def test_a_dry_run_prints_the_layout_and_starts_nothing(
         assert "24 images in 2 shards" in printed.out
         assert "10 steps = 6.67 epochs" in printed.out
         assert "contrastive, rotation, jigsaw" in printed.out
+        assert "first step" in printed.out
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pretrain.metrics import names
@@ -22,8 +22,12 @@ class JsonLines:
     def __init__(self, path: Path, resumed_at: int) -> None:
         self.path = path
         self._failed = False
+        self.keep_until(resumed_at)
+
+    def keep_until(self, step: int) -> None:
+        """Remove what was recorded beyond a step."""
         try:
-            self._keep_until(resumed_at)
+            self._keep_until(step)
         except OSError as error:
             self._warn(error)
 
@@ -82,6 +86,7 @@ class Meter:
         num_steps: int,
         global_batch: int,
         images_per_epoch: int,
+        attempt: int = 1,
     ) -> None:
         self.lines = lines
         self.exporter = exporter
@@ -90,6 +95,7 @@ class Meter:
         self.num_steps = num_steps
         self.global_batch = global_batch
         self.images_per_epoch = images_per_epoch
+        self.attempt = attempt
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         self._window_steps = 0
@@ -114,6 +120,8 @@ class Meter:
         publish.set(names.LEARNING_RATE, values["lr"])
         if "momentum" in values:
             publish.set(names.MOMENTUM, values["momentum"])
+        if "feature_std" in values:
+            publish.set(names.FEATURE_STD, values["feature_std"])
         for name, metric in _COUNTERS.items():
             if name in values:
                 publish.add(metric, max(0.0, values[name] - self._counted[name]))
@@ -132,6 +140,23 @@ class Meter:
         if step == 1 or step % self.every_steps == 0 or step == self.num_steps:
             self._write(step, values)
 
+    def publish_ranks(self, speeds: Sequence[float]) -> None:
+        """How fast each rank works, in rank order."""
+        for rank, speed in enumerate(speeds):
+            self.exporter.set(names.RANK_SPEED, speed, str(rank))
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from an earlier step: what was recorded beyond it is taken away."""
+        self.exporter.add(names.ROLLBACKS, 1)
+        self.lines.keep_until(step)
+        self._begin_window()
+
+    def _begin_window(self) -> None:
+        self._sums.clear()
+        self._counts.clear()
+        self._window_steps = self._window_skipped = 0
+        self._window_seconds = self._window_wait_seconds = 0.0
+
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         rate = self.global_batch * self._window_steps / max(self._window_seconds, 1e-9)
         self.exporter.set(names.IMAGES_PER_SECOND, rate)
@@ -146,6 +171,7 @@ class Meter:
         }
         record: dict[str, object] = {
             "step": step,
+            "attempt": self.attempt,
             "images": step * self.global_batch,
             "epoch": round(step * self.global_batch / self.images_per_epoch, 4),
             "images_per_second": round(rate, 2),
@@ -162,10 +188,7 @@ class Meter:
             record[name] = value if value is None or math.isfinite(value) else None
         self.lines.write(record)
         logger.info(self._line(step, means, rate))
-        self._sums.clear()
-        self._counts.clear()
-        self._window_steps = self._window_skipped = 0
-        self._window_seconds = self._window_wait_seconds = 0.0
+        self._begin_window()
 
     def _line(self, step: int, means: Mapping[str, float | None], rate: float) -> str:
         def shown(value: float | None) -> str:

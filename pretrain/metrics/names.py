@@ -42,10 +42,31 @@ STORAGE_RETRIES = Metric(
     "pretrain_storage_retries_total", "counter", "Reads of all ranks that were tried again."
 )
 CHECKPOINT_SECONDS = Metric("pretrain_checkpoint_seconds", "gauge", "Time the last checkpoint took to write.")
+CHECKPOINT_STALL_SECONDS = Metric(
+    "pretrain_checkpoint_stall_seconds", "gauge", "Time the last checkpoint held up the training."
+)
+CHECKPOINT_FAILURES = Metric(
+    "pretrain_checkpoint_failures_total", "counter", "Checkpoints that could not be written."
+)
+MIRROR_FAILURES = Metric(
+    "pretrain_mirror_failures_total", "counter", "Checkpoints that could not be copied to the mirror."
+)
+ATTEMPT = Metric("pretrain_attempt", "gauge", "How often this run was started, this time included.")
+ROLLBACKS = Metric("pretrain_rollbacks_total", "counter", "Times this process went back to a checkpoint.")
+RANK_SPEED = Metric(
+    "pretrain_rank_speed_ratio",
+    "gauge",
+    "Work time of the other ranks over its own; 1 is as fast.",
+    ("rank",),
+)
+FEATURE_STD = Metric(
+    "pretrain_feature_std", "gauge", "Spread of the directions of image features; 0 is a collapse, at most 1."
+)
 CHECKPOINT_STEP = Metric("pretrain_checkpoint_step", "gauge", "Step of the last checkpoint.")
 
 METRICS = (
     STEPS, IMAGES, EPOCH, LOSS, LOSS_WEIGHT, TASK_METRIC, GRAD_NORM, LEARNING_RATE, MOMENTUM, STEP_SECONDS,
     DATA_WAIT, IMAGES_PER_SECOND, BACKBONE_CALLS, TEACHER_CALLS, SKIPPED_STEPS, BAD_SAMPLES,
-    STORAGE_RETRIES, CHECKPOINT_SECONDS, CHECKPOINT_STEP,
+    STORAGE_RETRIES, CHECKPOINT_SECONDS, CHECKPOINT_STALL_SECONDS, CHECKPOINT_FAILURES, MIRROR_FAILURES,
+    ATTEMPT, ROLLBACKS, RANK_SPEED, FEATURE_STD, CHECKPOINT_STEP,
 )  # fmt: skip

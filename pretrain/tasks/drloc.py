@@ -88,6 +88,7 @@ class DrlocTask(nn.Module):
         self.config = config
         dims = [2 * site.embed_dim, config.hidden_dim, config.hidden_dim, 2]
         self.head = mlp(dims, activation=nn.ReLU)
+        self.starts_silent = config.ramp_epochs > 0  # its loss counts nothing in the first step
 
     def forward(self, views: EncodedViews, peers: Peers) -> TaskOutput:
         config = self.config

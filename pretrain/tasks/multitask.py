@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.backbone import Backbone, TokenFill, accept_any_size, encode, num_features
@@ -129,7 +130,7 @@ class MultiTask(nn.Module):
             for name, task in self.tasks.items()
         }
         total, weights = self.balance({name: output.loss for name, output in outputs.items()})
-        named = {"total": total}
+        named = {"total": total, **_spread(encoded[0])}
         for name, output in outputs.items():
             named[f"loss/{name}"] = output.loss.detach()
             named[f"weight/{name}"] = weights[name].detach()
@@ -189,6 +190,19 @@ class MultiTask(nn.Module):
             if reading.teacher_head
         }
         return replace(inputs, teacher=replace(seen, heads=heads))
+
+
+@torch.no_grad()
+def _spread(views: EncodedViews) -> dict[str, Tensor]:
+    """`feature_std`: how far the directions of the images' features lie apart, from 0, all the same, to 1.
+
+    Root mean square distance of the unit vectors from their mean, over this rank's images.
+    """
+    features = views.layout.image_feature(views.tokens).float()  # (M, D)
+    if len(features) < 2:
+        return {}
+    mean = F.normalize(features, dim=1).mean(dim=0)
+    return {"feature_std": (1 - mean.square().sum()).clamp(min=0).sqrt()}
 
 
 def views_for(encoded: list[EncodedViews], names: tuple[str, ...]) -> EncodedViews:
