@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
+from pretrain.checkpoint import list_checkpoints
 from pretrain.errors import CheckpointError, UserError
 from pretrain.models.backbone import BackboneConfig
 from pretrain.tasks.multitask import BACKBONE_PREFIX
@@ -69,7 +70,7 @@ def read_weights(run_or_checkpoint: Path, weights: WeightsName | None = None) ->
     """
     if is_checkpoint(run_or_checkpoint):
         return _read_checkpoint(run_or_checkpoint, weights)
-    checkpoints = sorted((run_or_checkpoint / "checkpoints").glob("step-*"), reverse=True)
+    checkpoints = list_checkpoints(run_or_checkpoint)  # without those of attempts that do not count
     if not checkpoints:
         raise CheckpointError(
             f"{run_or_checkpoint}: neither a run folder with checkpoints/step-* nor a checkpoint folder"
