@@ -17,6 +17,7 @@
 #   OMP_NUM_THREADS    default 1: the other cores of a task decode images
 #   EXIT_SECONDS  after the first rank has ended, the others have this long to end too; default 60
 #   PRETRAIN_REQUEUE_ON_FAILURE   1 (default): a run that fails goes back into the queue; 0: it ends
+#   PRETRAIN_MAX_RESTARTS         a run that fails after so many restarts of its job ends; default 100
 #
 # GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and whatever else NCCL reads reach the ranks as they were set.
 
@@ -29,7 +30,7 @@ refuse() { # TEXT: wrong input, which another start would not mend
 cd "$SLURM_SUBMIT_DIR" || refuse "SLURM_SUBMIT_DIR: '$SLURM_SUBMIT_DIR' is not on $(hostname); submit from a shared folder"
 
 : "${OUTPUT_DIR:=runs/${SLURM_JOB_NAME:-pretrain}-$SLURM_JOB_ID}"
-: "${VENV:=.venv}" "${EXIT_SECONDS:=60}" "${PRETRAIN_REQUEUE_ON_FAILURE:=1}"
+: "${VENV:=.venv}" "${EXIT_SECONDS:=60}" "${PRETRAIN_REQUEUE_ON_FAILURE:=1}" "${PRETRAIN_MAX_RESTARTS:=100}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # a node that was cut off may still run the rank 0 of this job's start before
 export MASTER_PORT="${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + 7919 * ${SLURM_RESTART_COUNT:-0}) % 10000))}"
@@ -45,6 +46,9 @@ esac
 case $PRETRAIN_REQUEUE_ON_FAILURE in
     0 | 1) ;;
     *) refuse "PRETRAIN_REQUEUE_ON_FAILURE: '$PRETRAIN_REQUEUE_ON_FAILURE' is neither 0 nor 1" ;;
+esac
+case $PRETRAIN_MAX_RESTARTS in
+    *[!0-9]*) refuse "PRETRAIN_MAX_RESTARTS: '$PRETRAIN_MAX_RESTARTS' is not a number of restarts" ;;
 esac
 # since Slurm 22.05 srun does not take it from the job
 [ -n "${SLURM_CPUS_PER_TASK:-}" ] || refuse "SLURM_CPUS_PER_TASK: not set; give sbatch --cpus-per-task"
@@ -118,8 +122,14 @@ train() { # ARGUMENTS of `pretrain train` beside the config...: does not return
         75) echo "slurm: stopped early, can be continued" >&2 ;; # rank 0 has asked to be requeued if that is right
         *)
             echo "slurm: failed with exit code $code" >&2
-            # a run that fails again without progress ends with 2, so this does not go on for ever
-            [ "$PRETRAIN_REQUEUE_ON_FAILURE" = 0 ] || put_back
+            # a run that fails again without progress ends with 2; one on a full disk cannot count its starts
+            if [ "$PRETRAIN_REQUEUE_ON_FAILURE" = 1 ]; then
+                if [ "${SLURM_RESTART_COUNT:-0}" -lt "$PRETRAIN_MAX_RESTARTS" ]; then
+                    put_back
+                else
+                    echo "slurm: not requeued after $SLURM_RESTART_COUNT restarts (PRETRAIN_MAX_RESTARTS)" >&2
+                fi
+            fi
             ;;
     esac
     exit "$code"

@@ -247,6 +247,9 @@ def test_a_container_takes_the_place_of_the_environment(submission: Submission) 
         (1, {}, "requeue 123456"),
         (137, {}, "requeue 123456"),
         (1, {"PRETRAIN_REQUEUE_ON_FAILURE": "0"}, ""),
+        (1, {"SLURM_RESTART_COUNT": "99"}, "requeue 123456"),
+        (1, {"SLURM_RESTART_COUNT": "100"}, ""),  # a loop that nothing else ends
+        (1, {"SLURM_RESTART_COUNT": "3", "PRETRAIN_MAX_RESTARTS": "3"}, ""),
         (143, {"JOB_STATE": "CANCELLED"}, ""),  # scancel is not undone
         (143, {"JOB_STATE": "PENDING"}, ""),  # Slurm has requeued it already
         (1, {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "4"}, "requeue 9_4"),
@@ -275,6 +278,7 @@ def test_a_job_goes_back_into_the_queue_only_when_another_start_may_help(
         ({"MASTER_PORT": "http"}, "MASTER_PORT"),
         ({"EXIT_SECONDS": "0"}, "EXIT_SECONDS"),
         ({"PRETRAIN_REQUEUE_ON_FAILURE": "yes"}, "PRETRAIN_REQUEUE_ON_FAILURE"),
+        ({"PRETRAIN_MAX_RESTARTS": "-1"}, "PRETRAIN_MAX_RESTARTS"),
     ],
 )
 def test_what_is_missing_or_contradicts_itself_is_named_before_any_rank_starts(
