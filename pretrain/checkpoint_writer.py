@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pretrain import checkpoint, mirror
 from pretrain.attempts import lineage, refuse_stale
-from pretrain.errors import ConfigError, TrainingError
+from pretrain.errors import ConfigError, TrainingError, UserError
 
 logger = logging.getLogger("pretrain")
 
@@ -357,7 +357,7 @@ class CheckpointWriter:
                 self._mirror_due, self._mirror_busy = False, True
             try:
                 self._mirror_all()
-            except (TrainingError, OSError) as error:
+            except (TrainingError, UserError, OSError) as error:
                 self._mirror_has_failed(str(error))
             except BaseException as error:
                 logger.exception("mirroring met an error of the program")
@@ -367,6 +367,7 @@ class CheckpointWriter:
         """Bring every checkpoint of the run folder to the mirror, newest first, and prune it alike."""
         address, keep = self._config.mirror, self._config
         assert address is not None
+        mirror.claim(address, self._run_dir)
         for folder in self._local_checkpoints():
             if folder.name in self._mirror_settled:
                 continue

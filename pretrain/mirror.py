@@ -1,6 +1,7 @@
 """A second home for checkpoints: copied to another file system or an object store, and fetched from there.
 
 MIRROR/NAME-OF-THE-RUN/step-00001000/...   the files of a checkpoint as they are in the run folder
+MIRROR/NAME-OF-THE-RUN/RUN_ID              whose they are: another run of that name is refused
 
 A checkpoint of a mirror is complete once its MANIFEST.json is there, which is copied last. Every file is
 hashed on its way, in both directions, so neither side takes over what the other has damaged.
@@ -12,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,10 +26,11 @@ from pretrain import checkpoint
 from pretrain.checkpoint import MANIFEST
 from pretrain.data.location import Location, StorageError, parse_location
 from pretrain.data.remote import explained, load_package, object_store
-from pretrain.errors import ConfigError, TrainingError
+from pretrain.errors import ConfigError, TrainingError, UserError
 
 logger = logging.getLogger("pretrain")
 
+RUN_ID = "RUN_ID"  # in the run folder too
 WRITABLE_SCHEMES = ("", "s3", "gs")
 PIECE_BYTES = 2**23  # read, hashed and sent at a time; also the size of an object store's upload parts
 TIMEOUT_SECONDS = 60.0  # for each answer of an object store
@@ -255,6 +258,32 @@ def push(folder: Path, address: str) -> int:
             raise MirrorError(f"{address}: {name} is not there with the {num_bytes} bytes that were sent")
     store.remove(sorted(found))  # of the other one
     return sum(sent.values()) + store.write(f"{prefix}{MANIFEST}", lambda: iter((manifest,)))
+
+
+def claim(address: str, run_dir: Path, may_become: bool = False) -> None:
+    """Note that this part of the mirror is of this run; a UserError if it is of another.
+
+    may_become: a run folder without checkpoints, as after the loss of a disk, goes on as the run found there.
+    """
+    store, path = open_store(address, run_dir), run_dir / RUN_ID
+    theirs = b"".join(store.read(RUN_ID)) if RUN_ID in store.names() else None
+    try:
+        ours = path.read_bytes() if path.exists() else None
+        is_free = theirs is None
+        if theirs is None:
+            theirs = ours or secrets.token_hex(16).encode()
+        if ours is None and (is_free or (may_become and not checkpoint.list_checkpoints(run_dir, True))):
+            path.write_bytes(theirs)
+            ours = theirs
+    except OSError as error:
+        raise MirrorError(f"{path}: {error.strerror or error}") from error
+    if ours != theirs:
+        raise UserError(
+            f"checkpoint.mirror: {address} holds another run of the name '{run_dir.resolve().name}'; give "
+            "this one an --output-dir of another name, or another mirror"
+        )
+    if is_free:
+        store.write(RUN_ID, lambda: iter((theirs,)))
 
 
 def pull_newest(address: str, run_dir: Path, allows: Allows) -> Path | None:

@@ -642,8 +642,8 @@ def test_the_mirror_gets_every_checkpoint_and_keeps_the_same_ones(tmp_path: Path
         seen += [done.step for done in writer.poll().mirrored]
     assert writer.close() == Report()
     assert seen == [1, 2, 3, 4]
-    assert sorted(path.name for path in there.iterdir()) == ["step-00000002", "step-00000004"]
-    for folder in there.iterdir():
+    assert sorted(path.name for path in there.iterdir()) == [mirror.RUN_ID, "step-00000002", "step-00000004"]
+    for folder in there.glob("step-*"):
         assert verify(folder) == []
         assert (folder / STUDENT).read_bytes() == (run / FOLDER / folder.name / STUDENT).read_bytes()
 

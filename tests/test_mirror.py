@@ -26,13 +26,14 @@ from pretrain.checkpoint import (
     write_checkpoint,
 )
 from pretrain.data.location import Location
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, UserError
 from pretrain.mirror import (
     DamagedError,
     LocalStore,
     MirrorError,
     ObjectStore,
     Store,
+    claim,
     parse_mirror,
     prune,
     pull_newest,
@@ -438,6 +439,38 @@ def test_two_runs_may_share_a_mirror(address: str, tmp_path: Path) -> None:
     prune(address, second, 1, None)
     shutil.rmtree(first)
     assert pull_newest(address, first, everything) == step_folder(first, 10)
+
+
+def test_another_run_of_the_same_name_is_refused_and_a_lost_folder_goes_on_as_its_run(
+    address: str, tmp_path: Path
+) -> None:
+    run, other = tmp_path / "here" / "run", tmp_path / "there" / "run"
+    for folder in (run, other):
+        folder.mkdir(parents=True)
+    claim(address, run)
+    claim(address, run)
+    folder = write(run, 10)
+    push(folder, address)
+    with pytest.raises(UserError, match="holds another run of the name 'run'"):
+        claim(address, other)  # begins anew
+    write(other, 5)
+    with pytest.raises(UserError, match="holds another run of the name 'run'"):
+        claim(address, other, may_become=True)  # has checkpoints of its own
+    shutil.rmtree(run)
+    run.mkdir()
+    claim(address, run, may_become=True)
+    assert pull_newest(address, run, everything) == folder
+    claim(address, run)
+    prune(address, run, 1, None)
+    assert names_on(address, run) == [mirror.RUN_ID, "step-00000010"]
+
+
+def test_a_run_that_was_not_mirrored_before_can_be(address: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write(run, 10)
+    claim(address, run)
+    with pytest.raises(UserError, match="holds another run"):
+        claim(address, tmp_path / "other" / "run")
 
 
 @pytest.mark.parametrize(
