@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -29,7 +30,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain import attempts
-from pretrain.errors import CheckpointError
 
 FOLDER = "checkpoints"
 MANIFEST = "MANIFEST.json"
@@ -38,6 +38,7 @@ STUDENT = "weights/student.safetensors"
 TEACHER = "weights/teacher.safetensors"
 STATE = "state.json"
 CONFIG = "config.yaml"
+ASIDE = "aside-"  # before the name of a checkpoint that does not lead to where the run stands
 
 _POSITION = r"step-(?P<step>[0-9]+)(?:\.(?P<attempt>[2-9]|[1-9][0-9]+))?"
 _NAME = re.compile(_POSITION)
@@ -171,7 +172,8 @@ def remove_checkpoint(folder: Path) -> None:
 def prune(run: Path, keep_last: int, keep_every_steps: int | None, keep: Collection[Path] = ()) -> list[Path]:
     """Remove all but the newest `keep_last`, the milestones and those in `keep`; returns what was removed.
 
-    The newest that verifies always stays: the disk may have spoilt those after it.
+    The newest that verifies always stays: the disk may have spoilt those after it. What was put aside goes
+    once the run has come further than that.
     """
     listed = list_checkpoints(run)
     kept = {folder.resolve() for folder in keep}
@@ -180,12 +182,22 @@ def prune(run: Path, keep_last: int, keep_every_steps: int | None, keep: Collect
         is_milestone = bool(keep_every_steps) and step_of(folder) % (keep_every_steps or 1) == 0
         if place >= max(1, keep_last) and not is_milestone and folder.resolve() not in kept:
             doomed.append(folder)
-    if doomed:
+    aside = list((run / FOLDER).glob(f"{ASIDE}step-*"))
+    if doomed or aside:
         last_valid = next((folder for folder in listed if not verify(folder)), None)
         doomed = [folder for folder in doomed if folder != last_valid]
+        if last_valid:
+            reached = step_of(last_valid)
+            doomed += [folder for folder in aside if _step_of_aside(folder) < reached]
     for folder in doomed:
         remove_checkpoint(folder)
     return doomed
+
+
+def _step_of_aside(folder: Path) -> float:
+    """Infinite where the name is of someone else's making."""
+    found = _NAME.fullmatch(folder.name.removeprefix(ASIDE))
+    return int(found["step"]) if found else math.inf
 
 
 def set_aside(run: Path, after_step: int) -> list[Path]:
@@ -197,7 +209,7 @@ def set_aside(run: Path, after_step: int) -> list[Path]:
     moved = []
     for folder in list_checkpoints(run, all_attempts=True):
         if step_of(folder) > after_step or not lineage.allows(attempt_of(folder), step_of(folder)):
-            aside = folder.with_name(f"aside-{folder.name}")
+            aside = folder.with_name(f"{ASIDE}{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             moved.append(folder.rename(aside))
     return moved
@@ -260,45 +272,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         load_file(teacher) if teacher.exists() else None,
         load_file(folder / OPTIMIZER),
     )
-
-
-def check_identity(
-    folder: Path,
-    found: Mapping[str, Any],
-    wanted: Mapping[str, Any],
-    data_keys: Collection[str] = (),
-    may_differ: bool = False,
-) -> bool:
-    """Refuse to continue a run whose data or model settings have changed; names what differs.
-
-    Those under `data_keys` alone may differ if the user has said so; tells whether they do.
-    """
-    of_data = _differences(
-        {key: found.get(key) for key in data_keys}, {key: wanted.get(key) for key in data_keys}
-    )
-    differing = [line for line in _differences(found, wanted) if not may_differ or line not in of_data]
-    if differing:
-        shown = "; ".join(differing)
-        if len(shown) > 400:
-            shown = shown[:400] + " ..."
-        raise CheckpointError(
-            f"{folder}: written by a run with other settings ({shown}); "
-            + ("" if len(of_data) < len(differing) else "--allow-new-data goes on with the new data; ")
-            + "restore them, or start anew with another --output-dir"
-        )
-    return bool(of_data)
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> list[str]:
-    """`key: was x, now y` for every setting that differs, down to the innermost."""
-    lines = []
-    for key in dict.fromkeys((*wanted, *(found if where else ()))):
-        old, new = found.get(key), wanted.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += _differences(old, new, f"{where}{key}.")
-        elif old != new:
-            lines.append(f"{where}{key}: was {old!r}, now {new!r}")
-    return lines
 
 
 def _make_durable(path: Path) -> str:
