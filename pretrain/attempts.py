@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
 
-from pretrain.errors import TrainingError, UserError
+from pretrain.errors import TrainingError, UserError, cannot_write
 
 FOLDER = "attempts"
 MAX_RACES = 100  # lost in a row, after which something else is wrong
@@ -124,7 +124,7 @@ class Attempt:
         try:
             _replace(_path(self.run_dir, self.number), _RECORD.dump_json(self._record, indent=1))
         except OSError as error:
-            raise _cannot_write(self.run_dir, error) from None
+            raise cannot_write(self.run_dir, error) from None
 
     def beat(self) -> None:
         """Raise the counter. A disk that is full or gone is told once, and stops nothing.
@@ -206,6 +206,8 @@ def begin(
 ) -> Attempt:
     """Take the run folder, as its newest attempt; a UserError says who holds it.
 
+    A full disk is a TrainingError, for it may have room at another start.
+
     An attempt on another machine is watched for `lease_seconds` before it counts as dead.
     above: the highest number that a checkpoint carries, lest a lost attempt file give it out twice.
     about: what the attempt file tells of command and versions.
@@ -229,7 +231,7 @@ def begin(
                 return attempt
             newest = number  # exists, though an old listing may not show it yet
     except OSError as error:
-        raise _cannot_write(run_dir, error) from None
+        raise cannot_write(run_dir, error) from None
     raise UserError(f"{run_dir}: too many starts at the same time; start one of them again")
 
 
@@ -474,10 +476,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _cannot_write(run_dir: Path, error: OSError) -> UserError:
-    return UserError(f"{run_dir}: cannot be written ({error.strerror}); choose another --output-dir")
 
 
 def _text_of(path: Path) -> str:

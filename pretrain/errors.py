@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -37,6 +39,18 @@ class PreemptedError(Exception):
 
 class TrainingError(Exception):
     """A run that must stop through no fault of its input (exit code 1)."""
+
+
+# trouble of a disk or its server, which another start may not meet
+_MAY_PASS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+
+
+def cannot_write(folder: Path, error: OSError) -> UserError | TrainingError:
+    """What to raise where a run folder cannot be written: a full disk is no fault of the input."""
+    what = f"{folder}: cannot be written ({error.strerror or error})"
+    if error.errno in _MAY_PASS:
+        return TrainingError(f"{what}; make room or mend the disk, then start again with --resume auto")
+    return UserError(f"{what}; choose another --output-dir")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -182,7 +182,7 @@ def _examine(request: Request, place: cluster.Cluster, findings: _Findings) -> I
             files = look(lambda: changes.outline(config, num_samples))
             if files is not None:
                 num_bytes = changes.num_bytes(files)
-                look(lambda: check_disk(request.output_dir, num_bytes))
+                _look_at_disk(request.output_dir, num_bytes, findings, goes_on=resume_from is not None)
         if resume_from is not None and splits is not None:
             folder = resume_from
             found = look(lambda: _check_changes(request, folder, splits, files))
@@ -282,6 +282,14 @@ def check_open_files(world_size: int, num_lanes: int) -> None:
                 f"open files: {limit} are allowed (`ulimit {flag}`), and a rank needs up to {needed}; raise "
                 "the limit where the run is started"
             )
+
+
+def _look_at_disk(output_dir: Path, num_bytes: int, findings: _Findings, goes_on: bool) -> None:
+    """A run that goes on may do so on a full disk: room may come, and it ends by itself if none does."""
+    try:
+        check_disk(output_dir, num_bytes)
+    except UserError as error:
+        findings.problems.append(Problem(error, is_warning=goes_on))
 
 
 def check_disk(output_dir: Path, checkpoint_bytes: int) -> None:

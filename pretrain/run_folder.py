@@ -16,7 +16,7 @@ import torch
 
 from pretrain import attempts, checkpoint
 from pretrain.attempts import Attempt, Owner
-from pretrain.errors import UserError
+from pretrain.errors import cannot_write
 from pretrain.preflight import Inspected, Request
 
 logger = logging.getLogger("pretrain")
@@ -61,9 +61,7 @@ def open_folder(request: Request, inspected: Inspected, attempt: Attempt | None 
         (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
         handler = _RunLog(run_dir / "train.log")
     except OSError as error:
-        raise UserError(
-            f"{run_dir}: cannot be written ({error.strerror}); choose another --output-dir"
-        ) from None
+        raise cannot_write(run_dir, error) from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     try:

@@ -65,21 +65,23 @@ def run(request: Request, place: cluster.Cluster) -> None:
     asks_slurm = place.is_first and job is not None and config.preempt.before_end_seconds is not None
     preemption = Preemption(config.preempt, cluster.job_seconds_left(job) if asks_slurm and job else None)
     preemption.install()
-    inspected, attempt, problem = None, None, None
+    inspected, attempt = None, None
+    problem: Exception | None = None
     with ExitStack() as closing:
         closing.push(lambda kind, error, trace: _stop_listening(preemption, error))
         try:
             inspected = inspect(request, place)
             if place.is_first:
                 inspected, attempt = _take_folder(request, inspected, place, closing)
-        except UserError as error:
+        except (UserError, TrainingError) as error:
             if place.world_size == 1:
                 raise
-            problem = str(error)
+            problem = error
         with cluster.connected(place, config.cluster):
             problem = cluster.first_said(problem)
-            if problem is not None or inspected is None:
-                raise UserError(problem or "a rank could not start")
+            if problem is not None:
+                raise problem
+            assert inspected is not None, "a rank that could not look has said why"
             number = cluster.from_first(attempt.number if attempt else 0)
             if attempt is None:
                 attempt = attempts.joined(request.output_dir, number)
@@ -131,6 +133,13 @@ def _take_folder(
         attempt.finish(*outcome)
 
     closing.push(finish)
+    if config.checkpoint.mirror:
+        try:
+            mirror.claim(config.checkpoint.mirror, run_dir, may_become=goes_on)
+        except mirror.MirrorError as error:
+            if not before:
+                raise  # what is there may be all that is left of the run
+            logger.warning("%s; the run goes on without its mirror for now", error)
     if goes_on and config.checkpoint.mirror and not before:
         pulled = mirror.pull_newest(config.checkpoint.mirror, run_dir, attempts.lineage(run_dir).allows)
         if pulled:
@@ -495,8 +504,14 @@ class Loop:
             start, step = self.inspected.data_start_step, int(saved.state["step"])
             self.passed_over = self.passed_over.add(bad - start, self._current - start)
             self.oversight.went_back(step, saved.state.get("guard"))
+            problem = None
             if self.place.is_first:
-                _write_rollbacks(self.run_dir, self.oversight.num_rollbacks, self.passed_over, start)
+                problem = _write_rollbacks(
+                    self.run_dir, self.oversight.num_rollbacks, self.passed_over, start
+                )
+            problem = cluster.from_first(problem)
+            if problem:
+                raise TrainingError(problem)
             self.engine.load_weights(saved.student)
             restore_optimizer(self.engine, saved)
             if self.teacher and saved.teacher:
@@ -610,8 +625,8 @@ def _read_rollbacks(run_dir: Path, saved: Checkpoint | None, data_start_step: in
     return num_rollbacks, passed_over
 
 
-def _write_rollbacks(run_dir: Path, num: int, passed_over: PassedOver, data_start_step: int) -> None:
-    """Beside the checkpoints: that which the run goes back to knows nothing of it."""
+def _write_rollbacks(run_dir: Path, num: int, passed_over: PassedOver, data_start_step: int) -> str | None:
+    """Beside the checkpoints: that which the run goes back to knows nothing of it. Says why it could not."""
     noted = {"rollbacks": num, "passed_over": passed_over.to_json(), "data_start_step": data_start_step}
     path = run_dir / ROLLBACKS
     new = path.with_name(f".{path.name}")
@@ -619,9 +634,8 @@ def _write_rollbacks(run_dir: Path, num: int, passed_over: PassedOver, data_star
         new.write_text(json.dumps(noted))
         new.replace(path)
     except OSError as error:
-        raise TrainingError(
-            f"{path}: cannot be written ({error.strerror}), so the run cannot go back"
-        ) from None
+        return f"{path}: cannot be written ({error.strerror}), so the run cannot go back"
+    return None
 
 
 def samples_digest(batch: Batch, micro_step: int, rank: int) -> Tensor:

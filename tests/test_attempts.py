@@ -36,7 +36,7 @@ from pretrain.attempts import (
     lineage,
     this_process,
 )
-from pretrain.errors import UserError
+from pretrain.errors import TrainingError, UserError
 from pretrain.preflight import Inspected, Request
 from pretrain.run_folder import begin_attempt, open_folder
 
@@ -318,7 +318,7 @@ def test_a_folder_that_vanishes_is_told_once_and_stops_neither_the_run_nor_the_b
     assert "how attempt 1 ended could not be written down" in caplog.text
 
 
-def test_a_full_disk_is_a_users_error_at_the_start_and_a_warning_after_it(
+def test_a_full_disk_ends_a_start_as_trouble_that_may_pass_and_is_a_warning_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     attempt = begin(tmp_path, this_process(), NEVER_SECONDS)
@@ -332,7 +332,7 @@ def test_a_full_disk_is_a_users_error_at_the_start_and_a_warning_after_it(
     attempt.beat()
     attempt.finish("preempted", 3)
     assert caplog.text.count("No space left") == 2  # the beat, and the end
-    with pytest.raises(UserError, match=r"cannot be written \(No space left"):
+    with pytest.raises(TrainingError, match=r"cannot be written \(No space left.*make room"):
         begin(tmp_path / "other", this_process(), NEVER_SECONDS)
     assert names(tmp_path) == ["0001.beat", "0001.json"]
     assert names(tmp_path / "other") == []

@@ -101,13 +101,9 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in LOST_PEER)
 
 
-def first_said(text: str | None) -> str | None:
+def first_said(said: T | None) -> T | None:
     """What the first rank that has something to say says, on every rank."""
-    if dist.get_world_size() == 1:
-        return text
-    texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, text)
-    return next((said for said in texts if said is not None), None)
+    return next((each for each in from_all(said) if each is not None), None)
 
 
 def versions() -> dict[str, str]:
