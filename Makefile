@@ -52,7 +52,7 @@ evaluate: $(READY) ## k-NN and linear accuracy of RUN's export; TRAIN and TEST a
 
 test: $(READY) ## lint, types and all tests that take less than half a minute each
 	$(MAKE) --no-print-directory check
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(READY) ## the tests that take longer
 	$(BIN)/pytest -q -m "slow and not cluster" --timeout 1800

@@ -33,8 +33,6 @@ from pretrain.config import load_config
 from pretrain.data.indexing import index_folder
 from pretrain.data.loader import mixture_of, open_splits
 
-pytestmark = pytest.mark.slow  # three to four minutes in all
-
 NUM_STEPS = 12
 CONFIG = """
 seed: 3
