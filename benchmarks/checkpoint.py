@@ -8,10 +8,7 @@ writer, and training goes on beside it until the checkpoint is safe on disk.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result import tell
 from step import inputs_for
 from torch import Tensor
 
@@ -138,19 +136,11 @@ def main() -> None:
         measured = measure(arguments.model, Path(folder), arguments.rounds)
     median = measured["median_seconds"]
     result = {
-        "command": " ".join(["python", *sys.argv]),
         **measured,
         "training stands still": round(median["copy, memory of before"] + median["hand over"], 4),
         "rounds": arguments.rounds,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n")
+    tell(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,8 @@ round, so that a drift of the machine's speed hits all of them; the ratios are m
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from itertools import repeat
@@ -23,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from result import tell
 from step import inputs_for, measure, ratio
 from torch.nn.parallel import DistributedDataParallel
 
@@ -144,19 +142,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "one rank, ViT-S/16 at 224 px, batch 8": on_one_rank(arguments.rounds),
         "two ranks over gloo, ViT-Ti/4 at 32 px, batch 16": on_two_ranks(5 * arguments.rounds),
         "rounds": arguments.rounds,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n")
+    tell(result, arguments.out)
 
 
 if __name__ == "__main__":

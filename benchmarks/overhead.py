@@ -10,16 +10,14 @@ little.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
 
 import torch
+from result import tell
 from step import ratio
 
 from pretrain import build
@@ -139,7 +137,6 @@ def main() -> None:
         "tasks={contrastive: {}}", "views.one.turn=true", "views.two.turn=true", "balance.kind=fixed",
     ]  # fmt: skip
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "light tasks, ViT-Ti/4 at 32 px, batch 16": table(
             methods / "sit_vits4_cifar10.yaml", [*SMALL, *only_contrast], LIGHT, BASE, arguments.rounds
         ),
@@ -151,13 +148,8 @@ def main() -> None:
             arguments.rounds,
         ),
         "paper": "RePre states about 4 % of extra work (arXiv:2201.06857)",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
     }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    tell(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ medians of the ratios within a round.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
 
 import torch
+from result import tell
 
 from pretrain import build, cluster
 from pretrain.config import RunConfig, load_config
@@ -82,7 +80,6 @@ def main() -> None:
         seconds = measure(variants, arguments.rounds)
     plain = "all six tasks, plain torch"
     result = {
-        "command": " ".join(["python", *sys.argv]),
         "what": "one step of configs/demo.yaml's model at batch 32, inputs prepared before",
         "median_seconds": {name: round(statistics.median(values), 4) for name, values in seconds.items()},
         "ratios": {
@@ -90,15 +87,8 @@ def main() -> None:
             "DeepSpeed ZeRO-1 / plain torch": ratio(seconds, "all six tasks, DeepSpeed ZeRO-1", plain),
         },
         "rounds": arguments.rounds,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n")
+    tell(result, arguments.out)
 
 
 if __name__ == "__main__":

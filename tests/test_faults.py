@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from fault_runs import ACCUMULATION_STEPS, Fault, Started, die_with_parent, fault
 from fault_runs import start as start_ranks
-from safetensors.torch import load_file
+from outcomes import assert_same_tensors, records
 from small_shards import samples, write_shard
 
 from pretrain import checkpoint
@@ -113,13 +112,6 @@ def whole_of_two(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "two"
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
-
 def anomalies(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "anomalies.jsonl").read_text().splitlines()]
 
@@ -142,14 +134,6 @@ def attempt(run: Path, number: int) -> dict[str, Any]:
 def saved_at(run: Path, step: int) -> Path:
     """The newest checkpoint of a step, whichever attempt wrote it."""
     return next(f for f in checkpoint.list_checkpoints(run) if checkpoint.step_of(f) == step)
-
-
-def assert_same_tensors(one: Path, other: Path, *names: str) -> None:
-    for name in names or (checkpoint.STUDENT, checkpoint.TEACHER, checkpoint.OPTIMIZER):
-        first, second = load_file(one / name), load_file(other / name)
-        assert first.keys() == second.keys()
-        for key, value in first.items():
-            assert torch.equal(value, second[key]), f"{name}: {key}"
 
 
 def assert_same_end(run: Path, other: Path) -> None:

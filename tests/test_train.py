@@ -10,11 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from outcomes import assert_same_tensors, records
 from small_shards import samples, write_shard
 
 from pretrain import checkpoint, cluster
@@ -79,27 +78,12 @@ def train(config: Path, run: Path, *more: str) -> None:
     assert process.wait(240) == 0, (run.parent / f"{run.name}.out").read_text()[-3000:]
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
-
 def samples_seen(run: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["samples"]) for record in records(run)]
 
 
 def last_checkpoint(run: Path) -> Path:
     return checkpoint.list_checkpoints(run)[0]
-
-
-def assert_same_tensors(one: Path, other: Path) -> None:
-    for name in (checkpoint.STUDENT, checkpoint.TEACHER, checkpoint.OPTIMIZER):
-        first, second = load_file(one / name), load_file(other / name)
-        assert first.keys() == second.keys()
-        for key, value in first.items():
-            assert torch.equal(value, second[key]), f"{name}: {key}"
 
 
 def kill_after(process: subprocess.Popen[bytes], run: Path, step: int) -> None:

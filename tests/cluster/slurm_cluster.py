@@ -6,7 +6,6 @@ and remove a cluster of Slurm's own daemons whose nodes are network namespaces.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,7 +18,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "squeue", "ip", "unshare", "nsenter")
@@ -196,20 +194,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that is being written is left out."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
-
-def digests(run: Path) -> dict[int, float]:
-    """Of each step, a number that depends on every sample and its place in the global batch."""
-    return {record["step"]: record["samples"] for record in records(run)}
-
-
-def last_step(run: Path) -> int:
-    return max((record["step"] for record in records(run)), default=0)

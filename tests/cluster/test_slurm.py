@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from outcomes import assert_same_tensors, digests, last_step
 from safetensors.torch import load_file
-from slurm_cluster import REPOSITORY, Job, SlurmCluster, digests, end, last_step
+from slurm_cluster import REPOSITORY, Job, SlurmCluster, end
 
 from pretrain import checkpoint
 
@@ -112,11 +113,7 @@ def newest(folder: Path) -> Path:
 def assert_same_result(one: Path, other: Path) -> None:
     """The same samples at every step, and the same bits at the end."""
     assert digests(one) == digests(other)
-    for name in (checkpoint.STUDENT, checkpoint.TEACHER, checkpoint.OPTIMIZER):
-        first, second = load_file(newest(one) / name), load_file(newest(other) / name)
-        assert first.keys() == second.keys()
-        for key, value in first.items():
-            assert torch.equal(value, second[key]), f"{name}: {key}"
+    assert_same_tensors(newest(one), newest(other))
 
 
 def test_two_nodes_train_to_the_end_with_a_task_for_each_gpu(by_four_ranks: Run) -> None:
