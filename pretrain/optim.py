@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -102,9 +103,9 @@ class Optimizer(torch.optim.Optimizer):
     skipping = False
 
     @property
+    @abstractmethod
     def state_keys(self) -> tuple[str, ...]:
         """Of the state: the tensors shaped like the parameter. A checkpoint holds these."""
-        raise NotImplementedError
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if self.skipping:
