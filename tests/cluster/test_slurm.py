@@ -262,8 +262,10 @@ def stand_in(folder: Path, commands: str) -> str:
 
 
 def test_a_job_whose_rank_was_killed_starts_again_as_the_same_job(run: Run, tmp_path: Path) -> None:
+    # a while between the two: srun may drop what a task said at the moment it was killed
     environment = stand_in(
-        tmp_path, 'echo "in $*"; [ -n "$SLURM_RESTART_COUNT" ] || [ "$SLURM_PROCID" = 0 ] || kill -9 $$'
+        tmp_path,
+        'echo "in $*"; [ -n "$SLURM_RESTART_COUNT" ] || { sleep 2; [ "$SLURM_PROCID" = 0 ] || kill -9 $$; }',
     )
     job = run.submit(VENV=environment).completes(60)
     assert job.num_restarts == 1
