@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,7 @@ logger = logging.getLogger("pretrain")
 
 BEST = "best.json"  # beside the checkpoints
 FINAL_RETRY_SECONDS = (0.5, 2.0, 5.0)  # waits before the last checkpoint of a run is tried again
+WRITER_NICE = 10  # of the writing threads
 HEADROOM_BYTES = 2**20  # for headers, state.json, config.yaml, MANIFEST.json and folders
 
 Count = Annotated[int, Field(gt=0)]
@@ -211,6 +213,7 @@ class CheckpointWriter:
 
     def _write_submitted(self) -> None:
         """The life of the writing thread."""
+        _yield_cores()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._snapshot is not None or self._closed)
@@ -347,6 +350,7 @@ class CheckpointWriter:
 
     def _mirror_when_due(self) -> None:
         """The life of the mirroring thread."""
+        _yield_cores()
         while True:
             with self._changed:
                 self._mirror_busy = False
@@ -438,6 +442,12 @@ def _reason(error: OSError) -> str:
     """`path: reason`, as far as the error knows them."""
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _yield_cores() -> None:
+    """Let training have the cores where they are too few; on Linux a thread has a nice of its own."""
+    with suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICE)
 
 
 def _left(deadline: float) -> float:
