@@ -375,6 +375,23 @@ def check_progress(run_dir: Path, newest_step: int, limit: int) -> None:
     )
 
 
+def progress_lost(run_dir: Path, has_folder: bool) -> str | None:
+    """How it is known that a run whose folder has no checkpoint did have some; None if it may begin.
+
+    has_folder: the folder of its checkpoints is there, which every attempt makes before it is recorded where
+    that begins.
+    """
+    for number, record in _records(run_dir).items():
+        if record is None or record.began_from is None:
+            continue
+        reached = max(record.began_from.step, record.step or 0)
+        if reached:
+            return f"attempt {number} came to step {reached}, and no checkpoint is here"
+        if not has_folder:
+            return f"attempt {number} trained here, and the folder of its checkpoints is gone"
+    return None
+
+
 def _is_this_process(owner: Owner) -> bool:
     return owner.pid == os.getpid() and _lives(owner) is not False
 

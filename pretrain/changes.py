@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain import build, checkpoint
@@ -257,5 +257,8 @@ def check_fit(folder: Path, changes: Changes, files: Mapping[str, Mapping[str, T
 
 def _shapes(path: Path) -> dict[str, list[int]]:
     """From the header of the file alone."""
-    with safe_open(path, framework="pt") as file:
-        return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise checkpoint.not_safetensors(path, error) from None

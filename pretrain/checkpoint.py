@@ -25,11 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain import attempts
+from pretrain.errors import CheckpointError
 
 FOLDER = "checkpoints"
 MANIFEST = "MANIFEST.json"
@@ -238,11 +240,21 @@ def verify(folder: Path) -> list[str]:
     for name in (STUDENT, TEACHER, OPTIMIZER, STATE, CONFIG):
         if name not in files and (name != TEACHER or (folder / name).exists()):
             problems.append(f"{name} is not listed")
+    if not problems and TEACHER not in files and _has_teacher(folder):
+        problems.append(f"{TEACHER} is missing, and its run has a teacher")
     if _is_step_folder(folder) and step_of(folder) != step:
         problems.append(f"holds step {step}")
     if _is_step_folder(folder) and attempt_of(folder) != attempt:
         problems.append(f"was written by attempt {attempt}")
     return problems
+
+
+def _has_teacher(folder: Path) -> bool:
+    try:
+        settings = yaml.safe_load((folder / CONFIG).read_text())
+    except yaml.YAMLError:  # of some other run's making; who resumes reads it again
+        return False
+    return isinstance(settings, dict) and settings.get("teacher") is not None
 
 
 def origin(folder: Path) -> tuple[int, int]:
@@ -265,13 +277,21 @@ def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint that was verified just before."""
     teacher = folder / TEACHER
-    return Checkpoint(
-        folder,
-        json.loads((folder / STATE).read_text()),
-        load_file(folder / STUDENT),
-        load_file(teacher) if teacher.exists() else None,
-        load_file(folder / OPTIMIZER),
-    )
+    try:
+        return Checkpoint(
+            folder,
+            json.loads((folder / STATE).read_text()),
+            load_file(folder / STUDENT),
+            load_file(teacher) if teacher.exists() else None,
+            load_file(folder / OPTIMIZER),
+        )
+    except SafetensorError as error:
+        raise not_safetensors(folder, error) from None
+
+
+def not_safetensors(where: Path, error: SafetensorError) -> CheckpointError:
+    """For a file that its manifest vouches for: someone has made it so."""
+    return CheckpointError(f"{where}: is not in the format safetensors ({error}); use another checkpoint")
 
 
 def _make_durable(path: Path) -> str:

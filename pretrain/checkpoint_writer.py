@@ -172,8 +172,19 @@ class CheckpointWriter:
                 news.clear()
         return report
 
-    def close(self, timeout_seconds: float = 600.0) -> Report:
-        """Wait for the last write, tried again a few times if it fails, and then for the mirror."""
+    @property
+    def is_busy(self) -> bool:
+        """A write is under way, for which `submit` would wait."""
+        with self._changed:
+            return self._snapshot is not None
+
+    def wait(self) -> None:
+        """Until no write is under way."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._snapshot is None)
+
+    def finish(self, timeout_seconds: float = 600.0) -> None:
+        """Wait for the last write, tried again a few times if it fails; one that does not end has failed."""
         deadline = time.monotonic() + timeout_seconds
         for wait_seconds in (*FINAL_RETRY_SECONDS, None):
             with self._changed:
@@ -184,17 +195,32 @@ class CheckpointWriter:
             self._try_again()
         with self._changed:
             unwritten = self._snapshot
-            mirrored = self._changed.wait_for(lambda: not self._mirror_is_behind, _left(deadline))
-            self._failed = None
-            self._closed = True
-            self._changed.notify_all()
-        problem = f"not finished within {timeout_seconds:g} s"
         if unwritten is not None:
+            problem = f"not finished within {timeout_seconds:g} s"
             failure = self._told(unwritten.step, problem, "the run ends without it")
             with self._changed:
                 self._failures.append(failure)
-        if not mirrored:
-            self._mirror_has_failed(problem)
+                self._failures_in_a_row += 1
+
+    def wait_for_mirror(self, timeout_seconds: float = 600.0) -> None:
+        """Until the mirror has what the run folder has, or so long."""
+        with self._changed:
+            is_there = self._changed.wait_for(lambda: not self._mirror_is_behind, timeout_seconds)
+        if not is_there:
+            self._mirror_has_failed(f"not finished within {timeout_seconds:.3g} s")
+
+    def close(self, timeout_seconds: float = 600.0, mirror_seconds: float | None = None) -> Report:
+        """Wait for the last write and then for the mirror, by default in what is left of the time."""
+        deadline = time.monotonic() + timeout_seconds
+        self.finish(timeout_seconds)
+        if mirror_seconds is None:
+            mirror_seconds = _left(deadline)
+        if mirror_seconds:
+            self.wait_for_mirror(mirror_seconds)
+        with self._changed:
+            self._failed = None
+            self._closed = True
+            self._changed.notify_all()
         return self.poll()
 
     def _try_again(self) -> None:
@@ -226,6 +252,7 @@ class CheckpointWriter:
     def _write(self, snapshot: Snapshot) -> None:
         started = time.monotonic()
         try:
+            _check_finite(snapshot)
             self._check_room(snapshot)
             folder = checkpoint.write_checkpoint(
                 self._run_dir,
@@ -238,7 +265,7 @@ class CheckpointWriter:
             self._check_complete(folder)
         except OSError as error:
             self._has_failed(snapshot, _reason(error))
-        except TrainingError as error:  # a newer attempt has taken over the run
+        except TrainingError as error:  # a newer attempt has taken over the run, or there is nothing to keep
             self._has_failed(snapshot, str(error), keep=False)
         except BaseException as error:  # whatever it is: training must hear of it, from a thread that lives
             logger.exception("writing the checkpoint of step %d met an error of the program", snapshot.step)
@@ -436,6 +463,14 @@ def read_best(run_dir: Path) -> Best:
     except (ValueError, KeyError, TypeError, AttributeError):
         logger.warning("%s is not readable; the best checkpoints are counted anew", path)
         return Best()
+
+
+def _check_finite(snapshot: Snapshot) -> None:
+    """A run could neither go on from such a checkpoint nor go back to it."""
+    for file, named in snapshot.tensors.items():
+        for name, value in named.items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise TrainingError(f"'{name}' in {file} is not finite")
 
 
 def _reason(error: OSError) -> str:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import yaml
 from torch import Tensor
 
-from pretrain import build, changes, checkpoint, cluster
+from pretrain import attempts, build, changes, checkpoint, cluster
 from pretrain.check import check_lengths, check_tasks, told
 from pretrain.check import find_problems as problems_of_settings
 from pretrain.config import RunConfig
@@ -52,6 +52,7 @@ class Request:
     resume: str  # "none", "auto", or the path of a checkpoint or run
     allow_new_data: bool = False  # continue a run on other shards, from their beginning
     allow_changes: tuple[str, ...] = ()  # names of `changes.ALLOWED_KEYS` that may differ on resume
+    mirror_was_asked: bool = False  # so that what the run folder has now is all there is
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ def _examine(request: Request, place: cluster.Cluster, findings: _Findings) -> I
             files = look(lambda: changes.outline(config, num_samples))
             if files is not None:
                 num_bytes = changes.num_bytes(files)
-                _look_at_disk(request.output_dir, num_bytes, findings, goes_on=resume_from is not None)
+                goes_on = request.resume == "auto" and (request.output_dir / attempts.FOLDER).is_dir()
+                _look_at_disk(request.output_dir, num_bytes, findings, goes_on)
         if resume_from is not None and splits is not None:
             folder = resume_from
             found = look(lambda: _check_changes(request, folder, splits, files))
@@ -434,8 +436,14 @@ def _find_checkpoint(request: Request) -> Path | None:
                 f"{run}: is not empty; continue it with --resume auto, or choose another --output-dir"
             )
         return None
+    may_be_elsewhere = request.config.checkpoint.mirror is not None and not request.mirror_was_asked
     if resume == "auto":
         if not checkpoint.list_checkpoints(run):
+            lost = attempts.progress_lost(run, has_folder=(run / checkpoint.FOLDER).is_dir())
+            if lost and not may_be_elsewhere:
+                raise CheckpointError(
+                    f"{run}: {lost}; bring it back, or start anew with another --output-dir"
+                )
             return None
         source = run
     else:
@@ -455,6 +463,8 @@ def _find_checkpoint(request: Request) -> Path | None:
     found, rejected = checkpoint.newest_valid(source)
     for line in rejected:
         print(f"pretrain: checkpoint rejected: {line}", file=sys.stderr)  # noqa: T201
+    if found is None and resume == "auto" and may_be_elsewhere:
+        return None
     if found is None:
         listed = f"all {len(rejected)} checkpoints are damaged" if rejected else "it holds no checkpoints"
         raise CheckpointError(f"{source}: cannot resume, {listed}; start anew with another --output-dir")

@@ -55,7 +55,7 @@ def open_folder(request: Request, inspected: Inspected, attempt: Attempt | None 
     """
     run_dir = request.output_dir
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
         checkpoint.sweep(run_dir)
         (run_dir / "config.yaml").write_text(request.config.to_yaml())
         (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))

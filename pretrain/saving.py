@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from pretrain.errors import TrainingError
 from pretrain.metrics import names
 from pretrain.metrics.exporter import Exporter
 from pretrain.models.teacher import Teacher
+
+SETTLE_SECONDS = 600.0  # for a last write, and for the mirror after it
+ABANDON_SECONDS = 45.0  # the same in a run that has failed: launchers kill what is left after a minute
+SLICE_SECONDS = 5.0
 
 logger = logging.getLogger("pretrain")
 
@@ -37,7 +42,6 @@ class Saver:
         self.attempt = attempt
         self.is_first = is_first
         self.exporter = exporter
-        self.stalled_seconds = 0.0  # of the training, by checkpoints
         self.failures_in_a_row = 0
         self._memory = HostMemory()
         self._writer = self._open_writer()
@@ -58,6 +62,7 @@ class Saver:
     ) -> None:
         """Take a copy of the state after `step` steps; the training is held up for the copy alone."""
         started = time.perf_counter()
+        self._together(CheckpointWriter.wait)
         student = engine.weights(self._memory)
         optimizer = engine.optimizer_state(self._memory)
         if self._writer is not None:
@@ -73,7 +78,6 @@ class Saver:
             whole = {**state, "step": step, "optimizer_steps": optimizer.num_steps}
             self._writer.submit(Snapshot(step, tensors, whole, dict(values)))
         seconds = time.perf_counter() - started
-        self.stalled_seconds += seconds
         if self.exporter:
             self.exporter.set(names.CHECKPOINT_STALL_SECONDS, seconds)
         self.report()
@@ -86,6 +90,8 @@ class Saver:
     def _tell(self, report: Report) -> None:
         for written in report.written:
             logger.info("checkpoint of step %d written in %.1f s", written.step, written.seconds)
+        for mirrored in report.mirrored:
+            logger.info("checkpoint of step %d on the mirror in %.1f s", mirrored.step, mirrored.seconds)
         if self.exporter:
             for written in report.written:
                 self.exporter.set(names.CHECKPOINT_SECONDS, written.seconds)
@@ -105,39 +111,65 @@ class Saver:
                 "the disk, then continue with --resume auto"
             )
 
-    def finish(self) -> None:
-        """Wait until the last checkpoint is written; every rank calls this, and learns if it was not."""
+    def finish(self, wait_for_mirror: bool = True) -> None:
+        """Wait until the last checkpoint is written; every rank calls this, and learns if it was not.
+
+        wait_for_mirror: else what it lacks is left to the next attempt, as when little time remains.
+        """
+        self._together(lambda writer: writer.finish(SETTLE_SECONDS))
         problem = None
         if self._writer is not None:
-            report = self._writer.close()
+            report = self._writer.poll()
             self._tell(report)
-            self._writer = None
             if report.failures_in_a_row:
                 problem = f"the last checkpoint could not be written: {self._problem}"
         problem = cluster.from_first(problem)
+        if wait_for_mirror and not problem:
+            self._together(lambda writer: writer.wait_for_mirror(SETTLE_SECONDS))
+        if self._writer is not None:
+            self._tell(self._writer.close(mirror_seconds=0.0))
+            self._writer = None
         if problem:
             raise TrainingError(problem)
 
     def newest_up_to(self, step: int) -> Path | None:
         """The newest whole checkpoint of at most `step` steps, on every rank; waits for a write under way."""
-        found = None
+        self._together(lambda writer: writer.finish(SETTLE_SECONDS))
+        found, problem = None, None
         if self._writer is not None:
-            self._tell(self._writer.close())
-            self._writer = self._open_writer()
+            self._tell(self._writer.poll())
+            if self._writer.is_busy:  # and might end after the run has gone back
+                problem = f"a checkpoint is not written within {SETTLE_SECONDS:g} s; the disk may hang"
             for folder in checkpoint.list_checkpoints(self.run_dir):
                 if checkpoint.step_of(folder) <= step and not checkpoint.verify(folder):
                     found = folder
                     break
-        return cluster.from_first(found)
+        found, problem = cluster.from_first((found, problem))
+        if problem:
+            raise TrainingError(problem)
+        return found
+
+    def _together(self, task: Callable[[CheckpointWriter], object]) -> None:
+        """Rank 0 waits for its disk and the others for rank 0, in slices that no time-out notices."""
+        thread = None
+        if self._writer is not None:
+            thread = threading.Thread(target=task, args=(self._writer,), daemon=True)
+            thread.start()
+        while cluster.from_first(thread is not None and _still_runs(thread)):
+            pass
 
     def forget_after(self, step: int) -> None:
-        """Put aside what was written after `step`, to which the run went back."""
-        if self.is_first:
-            for folder in checkpoint.set_aside(self.run_dir, step):
-                logger.warning("a checkpoint of steps that are taken again was renamed to %s", folder)
+        """Put aside, on rank 0, what was written after `step`, to which the run goes back."""
+        for folder in checkpoint.set_aside(self.run_dir, step):
+            logger.warning("a checkpoint of steps that are taken again was renamed to %s", folder)
 
     def abandon(self) -> None:
         """The run has failed: give what is being written a while, and raise nothing."""
         if self._writer is not None:
-            self._tell(self._writer.close(timeout_seconds=60.0))
+            self._tell(self._writer.close(ABANDON_SECONDS, mirror_seconds=0.0))
             self._writer = None
+
+
+def _still_runs(thread: threading.Thread) -> bool:
+    thread.join(SLICE_SECONDS)
+    return thread.is_alive()

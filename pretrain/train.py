@@ -86,7 +86,7 @@ def run(request: Request, place: cluster.Cluster) -> None:
             if attempt is None:
                 attempt = attempts.joined(request.output_dir, number)
                 closing.callback(attempt.finish, "done", 0)  # which only stops its watching
-            attempt.watch(_fenced)
+                attempt.watch(_fenced)
             try:
                 _run(request, inspected, place, attempt, preemption)
             except RuntimeError as error:
@@ -120,6 +120,7 @@ def _take_folder(
     before = checkpoint.list_checkpoints(run_dir)
     owner = attempts.this_process(job.name if job else None, job.restart if job else 0)
     attempt = begin_attempt(run_dir, owner)
+    attempt.watch(_fenced)  # and beat: fetching from a mirror and waiting for ranks may take minutes
     outcome: list[Any] = [
         "failed",
         checkpoint.origin(inspected.resume_from)[1] if inspected.resume_from else 0,
@@ -133,29 +134,45 @@ def _take_folder(
         attempt.finish(*outcome)
 
     closing.push(finish)
+    asks_mirror = goes_on and (not before or inspected.resume_from != before[0])
     if config.checkpoint.mirror:
-        try:
-            mirror.claim(config.checkpoint.mirror, run_dir, may_become=goes_on)
-        except mirror.MirrorError as error:
-            if not before:
-                raise  # what is there may be all that is left of the run
-            logger.warning("%s; the run goes on without its mirror for now", error)
-    if goes_on and config.checkpoint.mirror and not before:
-        pulled = mirror.pull_newest(config.checkpoint.mirror, run_dir, attempts.lineage(run_dir).allows)
-        if pulled:
-            logger.info(
-                "%s has no checkpoint: %s was fetched from %s", run_dir, pulled.name, config.checkpoint.mirror
-            )
-    if goes_on and checkpoint.list_checkpoints(run_dir) != before:
-        inspected = inspect(request, place)
+        _open_mirror(config.checkpoint.mirror, run_dir, inspected.resume_from, goes_on, asks_mirror)
+    changed = checkpoint.list_checkpoints(run_dir) != before  # another attempt may have written meanwhile
+    if goes_on and (changed or (config.checkpoint.mirror and asks_mirror)):
+        inspected = inspect(replace(request, mirror_was_asked=True), place)
     log = open_folder(request, inspected, attempt)
 
-    def close_log() -> None:
+    def close_log(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:  # the command line tells it after this log is closed
+            is_known = isinstance(error, (UserError, TrainingError, PreemptedError))
+            thrown = None if is_known else (type(error), error, error.__traceback__)
+            log.handle(
+                logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "stopped: %s", (error,), thrown)
+            )
         logger.removeHandler(log)
         log.close()
 
-    closing.callback(close_log)
+    closing.push(close_log)
     return inspected, attempt
+
+
+def _open_mirror(address: str, run_dir: Path, resume_from: Path | None, goes_on: bool, asks: bool) -> None:
+    """Make sure that the mirror is this run's, and fetch what is newer than its newest whole checkpoint."""
+    step, lineage = checkpoint.step_of(resume_from) if resume_from else -1, attempts.lineage(run_dir)
+    pulled = None
+    try:
+        mirror.claim(address, run_dir, may_become=goes_on)
+        if asks:
+            pulled = mirror.pull_newest(
+                address, run_dir, lambda attempt, at: at > step and lineage.allows(attempt, at)
+            )
+    except mirror.MirrorError as error:
+        if resume_from is None:
+            raise  # what is there may be all that is left of the run
+        logger.warning("%s; the run goes on without its mirror for now", error)
+    if pulled:
+        held = f"nothing whole after step {step}" if resume_from else "no whole checkpoint"
+        logger.info("%s has %s: %s was fetched from %s", run_dir, held, pulled.name, address)
 
 
 def _fenced(newer: str) -> None:
@@ -209,12 +226,16 @@ def _run(
                 quarantine_path=run_dir / "quarantine.jsonl",
             )
 
-        batches = open_at(passed_over.data_step(step - data_start_step))
-        loader = [batches]
-        closing.callback(lambda: loader[-1].close())
+        loader: list[Batches] = [open_at(passed_over.data_step(step - data_start_step))]
+
+        def close_loader() -> None:
+            while loader:
+                loader.pop().close()
+
+        closing.callback(close_loader)
 
         def reopen(data_step: int) -> Batches:
-            loader[-1].close()
+            close_loader()
             loader.append(open_at(data_step))
             return loader[-1]
 
@@ -249,7 +270,7 @@ def _run(
             engine,
             teacher,
             relabeler,
-            batches,
+            loader[0],
             meter,
             watchdog=watchdog,
             preemption=preemption,
@@ -359,7 +380,7 @@ class Loop:
             if self._stop and step < self.num_steps:
                 self._end_early(step, self._stop)
         if self.saver:
-            with self.watchdog.section("checkpoint", step):
+            with self.watchdog.section("checkpoint", step - 1):
                 self.saver.finish()
 
     def train_step(self, step: int) -> None:
@@ -504,11 +525,7 @@ class Loop:
             start, step = self.inspected.data_start_step, int(saved.state["step"])
             self.passed_over = self.passed_over.add(bad - start, self._current - start)
             self.oversight.went_back(step, saved.state.get("guard"))
-            problem = None
-            if self.place.is_first:
-                problem = _write_rollbacks(
-                    self.run_dir, self.oversight.num_rollbacks, self.passed_over, start
-                )
+            problem = self._note_rollback(step) if self.place.is_first else None
             problem = cluster.from_first(problem)
             if problem:
                 raise TrainingError(problem)
@@ -516,7 +533,6 @@ class Loop:
             restore_optimizer(self.engine, saved)
             if self.teacher and saved.teacher:
                 self.teacher.load_state_dict(saved.teacher)
-            self.saver.forget_after(step)
             self._data_step = self.passed_over.data_step(step - start)
             self.batches = self.reopen(self._data_step)
         if self.meter:
@@ -531,6 +547,23 @@ class Loop:
             self.config.guard.max_rollbacks,
         )
         return step
+
+    def _note_rollback(self, step: int) -> str | None:
+        """Leave the folder so that a start in the very next moment does the same; says why it could not."""
+        assert self.saver is not None
+        try:
+            self.saver.forget_after(
+                step
+            )  # first: what is passed over is only right from before the bad steps
+            _write_rollbacks(
+                self.run_dir,
+                self.oversight.num_rollbacks,
+                self.passed_over,
+                self.inspected.data_start_step,
+            )
+        except OSError as error:
+            return f"{self.run_dir}: cannot be written ({error.strerror}), so the run cannot go back"
+        return None
 
     def _compare_ranks(self, step: int) -> None:
         """Every so often: the weights that all ranks should share are the same, bit by bit."""
@@ -571,8 +604,8 @@ class Loop:
     def _end_early(self, step: int, reason: str) -> None:
         """All is saved; whoever asked has the run started again, or not."""
         if self.saver:
-            with self.watchdog.section("checkpoint", step):
-                self.saver.finish()
+            with self.watchdog.section("checkpoint", step - 1):
+                self.saver.finish(wait_for_mirror=False)  # the next attempt brings it what it lacks
         self.preemption.leave()
         job = cluster.slurm_job()
         told = ""
@@ -587,7 +620,7 @@ class Loop:
         """Hand a copy of the state to be written."""
         if self.saver is None:
             return
-        with self.watchdog.section("checkpoint", step):
+        with self.watchdog.section("checkpoint", step - 1):  # ranks ahead count that step already
             self.saver.save(step, self.engine, self.teacher, self._state(), self._values)
 
     def _state(self) -> dict[str, Any]:
@@ -625,17 +658,13 @@ def _read_rollbacks(run_dir: Path, saved: Checkpoint | None, data_start_step: in
     return num_rollbacks, passed_over
 
 
-def _write_rollbacks(run_dir: Path, num: int, passed_over: PassedOver, data_start_step: int) -> str | None:
-    """Beside the checkpoints: that which the run goes back to knows nothing of it. Says why it could not."""
+def _write_rollbacks(run_dir: Path, num: int, passed_over: PassedOver, data_start_step: int) -> None:
+    """Beside the checkpoints: that which the run goes back to knows nothing of it."""
     noted = {"rollbacks": num, "passed_over": passed_over.to_json(), "data_start_step": data_start_step}
     path = run_dir / ROLLBACKS
     new = path.with_name(f".{path.name}")
-    try:
-        new.write_text(json.dumps(noted))
-        new.replace(path)
-    except OSError as error:
-        return f"{path}: cannot be written ({error.strerror}), so the run cannot go back"
-    return None
+    new.write_text(json.dumps(noted))
+    new.replace(path)
 
 
 def samples_digest(batch: Batch, micro_step: int, rank: int) -> Tensor:
@@ -680,8 +709,11 @@ def open_meter(
         logger.info("metrics at %s", url)
     if problem:
         logger.warning("metrics are not served: %s", problem)
+    lines = JsonLines(request.output_dir / "metrics.jsonl", resumed_at=step)
+    if lines.num_taken_again:
+        logger.info("%d steps beyond the checkpoint are taken again", lines.num_taken_again)
     return Meter(
-        JsonLines(request.output_dir / "metrics.jsonl", resumed_at=step),
+        lines,
         exporter,
         build.headlines(config),
         every_steps=config.log.every_steps,

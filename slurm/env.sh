@@ -111,15 +111,21 @@ train() { # ARGUMENTS of `pretrain train` beside the config...: does not return
     local code=0 output=/proc/$$/fd/2 before=0
     [ ! -f "$output" ] || before=$(stat --dereference --format=%s "$output")
     on_ranks train "$CONFIG" "${overrides[@]}" "$@" --output-dir "$OUTPUT_DIR" --resume auto || code=$?
+    said() { # PATTERN: in the output of this start
+        [ -f "$output" ] && tail --bytes=+$((before + 1)) "$output" | grep -q "$1"
+    }
     # srun's code is the highest of all ranks: 137 of one that it had to kill, as it waited for the one that knows (2)
-    if [ "$code" != 0 ] && [ -f "$output" ] &&
-        tail --bytes=+$((before + 1)) "$output" | grep -q 'srun: error: .*: Exited with exit code 2$'; then
+    if [ "$code" != 0 ] && said 'srun: error: .*: Exited with exit code 2$'; then
         code=2
     fi
     case $code in
         0) ;;
         2) echo "slurm: wrong input: not requeued" >&2 ;;
-        75) echo "slurm: stopped early, can be continued" >&2 ;; # rank 0 has asked to be requeued if that is right
+        75)
+            echo "slurm: stopped early, can be continued" >&2
+            # rank 0 has asked to be requeued if that is right; a container may have no scontrol to ask with
+            ! said ' could not be requeued: ' || put_back
+            ;;
         *)
             echo "slurm: failed with exit code $code" >&2
             # a run that fails again without progress ends with 2; one on a full disk cannot count its starts

@@ -263,6 +263,24 @@ def test_a_job_goes_back_into_the_queue_only_when_another_start_may_help(
     assert done.requeued == asked
 
 
+def test_a_rank_that_could_not_ask_to_be_requeued_is_helped(submission: Submission, tmp_path: Path) -> None:
+    """As in a container, which has no scontrol."""
+    (submission.programs / "srun").write_text(
+        "#!/bin/bash\necho 'stopped: saved at step 3; slurm 1 could not be requeued: no scontrol'\nexit 75\n"
+    )
+    done = submission.run("pretrain_vitb.sh", output=tmp_path / "job.out")
+    assert (done.code, done.requeued) == (75, "requeue 123456")
+
+
+def test_a_job_that_rank_0_has_put_back_is_not_asked_for_again(
+    submission: Submission, tmp_path: Path
+) -> None:
+    output = tmp_path / "job.out"
+    output.write_text("stopped: slurm 1 could not be requeued: no scontrol\n")  # by a start before
+    done = submission.run("pretrain_vitb.sh", output=output, SRUN_CODE="75")
+    assert (done.code, done.requeued) == (75, "")
+
+
 @pytest.mark.parametrize(
     ("variables", "named"),
     [

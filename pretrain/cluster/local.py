@@ -16,7 +16,7 @@ from pretrain.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
-STOP_SECONDS = 10.0  # between asking a rank to stop and killing it
+STOP_SECONDS = 60.0  # between asking a rank to stop and killing it: it may be writing a checkpoint
 LEAVE_SECONDS = 600.0  # for the other ranks to leave, after the first has left with all saved
 
 

@@ -80,7 +80,8 @@ class ResidentBatches:
         return batch
 
     def close(self) -> None:
-        """Nothing runs beside the trainer."""
+        """Give the memory back: a run that goes back opens its data anew."""
+        self.images = self.images[:0].clone()
 
     def _crops(self, rows: Tensor, sample_ids: Tensor, epochs: Tensor) -> tuple[Tensor, ...]:
         images = self.images[rows]  # (B, H, W, 3)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint import list_checkpoints, not_safetensors
 from pretrain.errors import CheckpointError, UserError
 from pretrain.models.backbone import BackboneConfig
 from pretrain.tasks.multitask import BACKBONE_PREFIX
@@ -92,6 +92,11 @@ def _read_checkpoint(checkpoint: Path, weights: WeightsName | None) -> RunWeight
     for file in ("config.yaml", "state.json", path):
         _verify(checkpoint, file, manifest)
     config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    if weights is None and name == "student" and isinstance(config, dict) and config.get("teacher"):
+        raise CheckpointError(
+            f"{checkpoint}: its run has a teacher, whose weights are not here; use another checkpoint, or "
+            "--weights student"
+        )
     position = json.loads((checkpoint / "state.json").read_text())
     try:
         mean, std = (_three(config["normalization"][key]) for key in ("mean", "std"))
@@ -155,10 +160,13 @@ def sha256_of(path: Path) -> str:
 def _backbone_state(path: Path) -> dict[str, Tensor]:
     """The tensors under `backbone.`, prefix removed; heads stay on disk."""
     state: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118  (not a mapping: it has no __iter__)
-            if key.startswith(BACKBONE_PREFIX):
-                state[key.removeprefix(BACKBONE_PREFIX)] = file.get_tensor(key)
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  (not a mapping: it has no __iter__)
+                if key.startswith(BACKBONE_PREFIX):
+                    state[key.removeprefix(BACKBONE_PREFIX)] = file.get_tensor(key)
+    except SafetensorError as error:
+        raise not_safetensors(path, error) from None
     if not state:
         raise CheckpointError(f"{path}: no tensor is named {BACKBONE_PREFIX}*")
     return state

@@ -22,6 +22,7 @@ class JsonLines:
     def __init__(self, path: Path, resumed_at: int) -> None:
         self.path = path
         self._failed = False
+        self.num_taken_again = 0  # steps that were recorded beyond the one that the run goes on from
         self.keep_until(resumed_at)
 
     def keep_until(self, step: int) -> None:
@@ -35,6 +36,8 @@ class JsonLines:
         if not self.path.exists():
             return
         lines = self.path.read_text(errors="replace").splitlines()
+        reached = max((at for at in map(_step_in, lines) if at < math.inf), default=0)
+        self.num_taken_again = max(0, int(reached) - step)
         kept = self.path.with_name(f".{self.path.name}")
         kept.write_text("".join(f"{line}\n" for line in lines if _step_in(line) <= step))
         kept.replace(self.path)
