@@ -195,6 +195,7 @@ class CheckpointWriter:
             self._try_again()
         with self._changed:
             unwritten = self._snapshot
+            self._failed = None  # given up
         if unwritten is not None:
             problem = f"not finished within {timeout_seconds:g} s"
             failure = self._told(unwritten.step, problem, "the run ends without it")
@@ -218,7 +219,6 @@ class CheckpointWriter:
         if mirror_seconds:
             self.wait_for_mirror(mirror_seconds)
         with self._changed:
-            self._failed = None
             self._closed = True
             self._changed.notify_all()
         return self.poll()

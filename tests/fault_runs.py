@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,9 @@ def start(
     *faults: Fault,
     ranks: int = 1,
     variables: Mapping[str, str] | None = None,
+    of_rank: Mapping[int, Sequence[str]] | None = None,
 ) -> Started:
-    """folder: for what the ranks print."""
+    """folder: for what the ranks print. of_rank: arguments that single ranks get beside those of all."""
     global _count
     _count += 1
     server, port = fork_server.context(), str(cluster.free_port())
@@ -155,7 +156,7 @@ def start(
             args=(
                 rank,
                 {**(layout if ranks > 1 else {}), **(variables or {})},
-                arguments,
+                [*arguments, *(of_rank or {}).get(rank, ())],
                 list(faults),
                 str(outputs[-1]),
                 str(metrics if rank == 0 else ""),

@@ -7,11 +7,12 @@ run is: `step` is the training step under way, from 0, and `data_step` the place
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -163,14 +164,18 @@ def pace(rank: int, *, seconds: float) -> None:
     now.before_step.append(lambda step: time.sleep(seconds))
 
 
+def _step_being_written(path: Path) -> int:
+    """Of the checkpoint that a file is written for, below .writing-step-00000006-4711."""
+    name = path.parts[path.parts.index(checkpoint.FOLDER) + 1]
+    return checkpoint.step_of(Path(name.removeprefix(".writing-").rpartition("-")[0]))
+
+
 def full_disk(rank: int, *, checkpoints: Collection[int]) -> None:
     """The files of these checkpoints cannot be written. 47 of their bytes can."""
     save = checkpoint.save_file
 
     def full(tensors: Any, path: Path) -> None:
-        if checkpoint.step_of(
-            Path(path.parts[path.parts.index("checkpoints") + 1][9:].rpartition("-")[0])
-        ) in (checkpoints):
+        if _step_being_written(path) in checkpoints:
             path.write_bytes(bytes(47))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         save(tensors, path)
@@ -178,23 +183,59 @@ def full_disk(rank: int, *, checkpoints: Collection[int]) -> None:
     checkpoint.save_file = full
 
 
+def die_writing(rank: int, *, step: int, file: str) -> None:
+    """SIGKILL in the middle of a file of the checkpoint of this step: 47 of its bytes are written."""
+    save = checkpoint.save_file
+
+    def dies(tensors: Any, path: Path) -> None:
+        if _step_being_written(path) == step and path.match(file):
+            path.write_bytes(bytes(47))
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(tensors, path)
+
+    checkpoint.save_file = dies
+
+
 def quick_retries(rank: int) -> None:
     """Of the last checkpoint, which is tried again for seconds."""
     checkpoint_writer.FINAL_RETRY_SECONDS = (0.05, 0.05, 0.05)
 
 
-def disk_away(rank: int, *, from_step: int, to_step: int | None = None) -> None:
-    """The folder of the checkpoints is away during these steps."""
+def disk_away(
+    rank: int,
+    *,
+    from_step: int | None = None,
+    writing: int | None = None,
+    to_step: int | None = None,
+    whole: bool = False,
+) -> None:
+    """The folder of the checkpoints, or the whole run folder, is away until a step.
+
+    It goes as a step begins, or when a checkpoint has its first file and not yet the others.
+    """
+
+    def folder() -> Path:
+        run: Path = now.loop.run_dir
+        return run if whole else run / checkpoint.FOLDER
 
     def act(step: int) -> None:
-        folder = now.loop.run_dir / checkpoint.FOLDER
         if step == from_step:
-            folder.rename(folder.with_name("elsewhere"))
+            folder().rename(folder().with_name("elsewhere"))
         if step == to_step:
-            folder.with_name("elsewhere").rename(folder)
+            assert not folder().exists(), f"{folder()} was made anew while it was away"
+            folder().with_name("elsewhere").rename(folder())
+
+    make_durable = checkpoint._make_durable
+
+    def goes(path: Path) -> str:
+        digest = make_durable(path)
+        if _step_being_written(path) == writing and path.match(checkpoint.STUDENT):
+            folder().rename(folder().with_name("elsewhere"))
+        return digest
 
     if rank == 0:
         now.before_step.append(act)
+        checkpoint._make_durable = goes
 
 
 def logs_fail(rank: int, *, step: int) -> None:
@@ -255,6 +296,30 @@ def drift(rank: int, *, on: int, after_step: int, part: str) -> None:
 
     if rank == on:
         now.after_step.append(act)
+
+
+def spoil_weights(rank: int, *, after_step: int) -> None:
+    """A number of the student becomes NaN, once: not when the run comes to that step again."""
+    due = [after_step]
+
+    @torch.no_grad()
+    def act(step: int) -> None:
+        if step in due:
+            due.clear()
+            next(now.loop.engine.module.parameters()).view(-1)[:1].fill_(float("nan"))
+
+    now.after_step.append(act)
+
+
+def clock_jumps(rank: int, *, seconds: float) -> None:
+    """The wall clock is put forward and back by so much, between any two looks at it."""
+    read, looks = time.time, itertools.count()
+    time.time = lambda: read() + (seconds if next(looks) % 2 else -seconds)
+
+
+def work_in(rank: int, *, folders: Sequence[str]) -> None:
+    """Each rank in a folder of its own, as on nodes whose disks differ."""
+    os.chdir(folders[rank])
 
 
 def short_lease(rank: int, *, seconds: float) -> None:

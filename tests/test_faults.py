@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,16 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from fault_runs import ACCUMULATION_STEPS, Fault, Started, die_with_parent, fault
 from fault_runs import start as start_ranks
 from outcomes import assert_same_tensors, records
-from small_shards import samples, write_shard
+from safetensors.torch import load_file
+from small_shards import make_shards, samples, write_shard
 
 from pretrain import checkpoint
 from pretrain.config import load_config
 from pretrain.data.indexing import index_folder
 from pretrain.data.loader import mixture_of, open_splits
+from pretrain.metrics.exporter import PORT_TRIES
 
 NUM_STEPS = 12
 CONFIG = """
@@ -70,12 +74,14 @@ class Runs:
         ranks: int = 1,
         settings: Sequence[str] = (),
         variables: Mapping[str, str] | None = None,
+        of_rank: Mapping[int, Sequence[str]] | None = None,
         resume: str = "none",
     ) -> Started:
-        """One rank trains with plain torch, several with DeepSpeed."""
+        """One rank trains with plain torch, several with DeepSpeed. of_rank: settings of single ranks."""
         arguments = ["train", str(self.config), "--output-dir", str(self.folder / run), "--resume", resume]
         arguments += [LOCAL] if ranks == 1 else []
-        return start_ranks([*arguments, *settings], self.folder, *faults, ranks=ranks, variables=variables)
+        arguments += settings
+        return start_ranks(arguments, self.folder, *faults, ranks=ranks, variables=variables, of_rank=of_rank)
 
     def go_on(self, run: str, *faults: Fault, **settings: Any) -> Started:
         return self.start(run, *faults, **settings, resume="auto")
@@ -144,6 +150,20 @@ def assert_same_end(run: Path, other: Path) -> None:
     assert_same_tensors(one, two)
     guards = [json.loads((folder / checkpoint.STATE).read_text())["guard"] for folder in (one, two)]
     assert guards[0] == guards[1]
+
+
+def assert_finite(folder: Path) -> None:
+    for name in (checkpoint.STUDENT, checkpoint.TEACHER, checkpoint.OPTIMIZER):
+        for key, value in load_file(folder / name).items():
+            assert bool(torch.isfinite(value).all()), f"{name}: {key}"
+
+
+def damage(folder: Path) -> None:
+    """One bit of the weights of a checkpoint."""
+    path = folder / checkpoint.STUDENT
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def sample_ids(config: Path, data_step: int) -> list[int]:
@@ -236,6 +256,101 @@ def test_logs_that_cannot_be_written_are_told_once_and_stop_nothing(runs: Runs, 
     assert_plain(started)
 
 
+@pytest.mark.parametrize("since", [{"from_step": 5}, {"writing": 6}], ids=["a step", "within a checkpoint"])
+def test_a_run_whose_whole_folder_is_away_for_a_while_loses_nothing_but_lines_of_its_logs(
+    since: dict[str, int], runs: Runs, whole: Path
+) -> None:
+    """Row 47: nothing is made anew in the place where the folder was."""
+    away = fault("disk_away", **since, to_step=9, whole=True)
+    started = runs.start("run", away, settings=["checkpoint.asynchronous=false"]).ends(0)
+    run = runs.folder / "run"
+    assert not (runs.folder / "elsewhere").exists()
+    away_after = since.get("from_step", 6)
+    assert [record["step"] for record in records(run)] == [*range(1, away_after + 1), 10, 11, 12]
+    assert steps_saved(run) == [2, 4, 10, 12]
+    assert_same_tensors(saved_at(run, 12), saved_at(whole, 12))
+    assert started.metric("pretrain_checkpoint_failures_total") == 2
+    assert len(re.findall(r"metrics.jsonl cannot be written", started.output())) == 1
+    assert attempt(run, 1)["outcome"] == "done"
+    assert_plain(started)
+
+
+@pytest.mark.parametrize("file", ["student.safetensors", "optimizer.safetensors"])
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
+    file: str, runs: Runs, whole: Path
+) -> None:
+    """Row 1, of a whole run: the files before the one under way are complete, or there are none."""
+    run, dies = runs.folder / "run", fault("die_writing", step=6, file=file)
+    runs.start("run", dies, fault("pace", seconds=0.05)).ends(-signal.SIGKILL)
+    assert steps_saved(run) == [2, 4]
+    assert len(list((run / "checkpoints").glob(f".writing-step-00000006-*/*/{file}"))) == 1
+    started = runs.go_on("run").ends(0)
+    assert "step-00000004 at step 4" in started.output()
+    assert not list((run / "checkpoints").glob(".writing-*"))
+    assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize("elsewhere", ["nowhere", "an empty mirror"])
+@pytest.mark.parametrize(
+    ("ending", "told"),
+    [
+        ("TERM", "attempt 1 came to step 7, and no checkpoint is here"),
+        ("KILL", "attempt 1 trained here, and"),
+    ],
+)
+def test_a_run_that_has_lost_its_checkpoints_does_not_start_anew(
+    ending: str, told: str, elsewhere: str, runs: Runs, whole: Path
+) -> None:
+    """Rows 4 and 47: at the next start their folder is not there, such as a disk that is not mounted."""
+    run, stopped = runs.folder / "run", fault("send_signals", step=6, names=(ending,))
+    runs.start("run", stopped, fault("pace", seconds=0.05)).ends(75 if ending == "TERM" else -signal.SIGKILL)
+    (run / "checkpoints").rename(runs.folder / "elsewhere")
+    before = (run / "metrics.jsonl").read_bytes()
+    mirrored = [f"checkpoint.mirror={runs.folder / 'mirror'}"] if elsewhere != "nowhere" else []
+    started = runs.go_on("run", settings=mirrored).ends(2)
+    line = started.output().splitlines()[-1]
+    assert line.startswith(f"pretrain: {run}: {told}")
+    assert "bring it back, or start anew with another --output-dir" in line
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert not (run / "checkpoints").exists()
+
+    (runs.folder / "elsewhere").rename(run / "checkpoints")
+    runs.go_on("run").ends(0)
+    assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize("left", ["nothing", "damaged ones", "an older one", "an older one, and no mirror's"])
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_that_it_or_its_mirror_has(
+    left: str, runs: Runs, whole: Path
+) -> None:
+    """Rows 3, 4 and 47: of steps 6 and 3 the run folder has lost or damaged one, or both."""
+    run, mirror = runs.folder / "run", runs.folder / "mirror"
+    settings = ["checkpoint.every_steps=3", f"checkpoint.mirror={mirror}"]
+    runs.start("run", settings=settings).ends(0)
+    for folder in (run / "checkpoints", mirror / "run"):
+        for step in (9, 12):
+            shutil.rmtree(folder / f"step-{step:08d}")
+    if left == "nothing":
+        shutil.rmtree(run / "checkpoints")
+    else:
+        damage(checkpoint.step_folder(run, 6))
+    if left == "damaged ones":
+        damage(checkpoint.step_folder(run, 3))
+    if left.endswith("no mirror's"):
+        damage(mirror / "run" / "step-00000006")
+    begins = 3 if left.endswith("no mirror's") else 6
+
+    started = runs.go_on("run", settings=settings).ends(0)
+    fetched = f"step-{begins:08d} was fetched from {mirror}"
+    assert (fetched in started.output()) == (begins == 6), started.output()
+    assert f"resumed from {checkpoint.step_folder(run, begins)} at step {begins}" in started.output()
+    assert f"{12 - begins} steps beyond the checkpoint are taken again" in started.output()
+    assert attempt(run, 2)["began_from"]["step"] == begins
+    assert_same_end(run, whole)
+    assert not any(checkpoint.verify(saved_at(run, step)) for step in range(begins, NUM_STEPS + 1, 3))
+    assert_plain(started)
+
+
 def test_a_lost_run_folder_comes_back_from_the_mirror(runs: Runs, whole: Path) -> None:
     """Row 47, for good: what is left is on other storage."""
     run, mirrored = runs.folder / "run", f"checkpoint.mirror={runs.folder / 'mirror'}"
@@ -244,7 +359,7 @@ def test_a_lost_run_folder_comes_back_from_the_mirror(runs: Runs, whole: Path) -
     runs.start("run", kill, slow, settings=[mirrored]).ends(-signal.SIGKILL)
     shutil.rmtree(run)
     started = runs.go_on("run", settings=[mirrored]).ends(0)
-    assert "has no checkpoint: step-0000000" in started.output()
+    assert "has no whole checkpoint: step-0000000" in started.output()
     assert f"was fetched from {runs.folder / 'mirror'}" in started.output()
     begun = attempt(run, 1)["began_from"]["step"]
     assert begun in (4, 6), "the last before the kill, or the one before"
@@ -269,7 +384,10 @@ def fake_slurm(folder: Path) -> tuple[dict[str, str], Path]:
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_nothing_is_lost(
     runs: Runs, whole_of_two: Path
 ) -> None:
-    """Rows 10 and 11: USR1 to rank 1, then TERM to rank 0, then to the end."""
+    """Rows 10 and 11: USR1 to rank 1, then TERM to rank 0, then to the end.
+
+    Row 45: it goes on twice, the first time from the very end of an epoch.
+    """
     slurm, asked = fake_slurm(runs.folder)
     run = runs.folder / "run"
     usr1 = fault("send_signals", on=1, step=4, names=("USR1",))
@@ -279,6 +397,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_nothing_is_lost(
     assert started.output().splitlines()[-1] == told
     assert asked.read_text() == "requeue 417\n"
     assert steps_saved(run) == [2, 4, 5]
+    assert records(run)[-1]["epoch"] == 2.0
     found = attempt(run, 1)
     assert (found["outcome"], found["step"]) == ("preempted", 5)
     assert_plain(started)
@@ -328,11 +447,12 @@ def test_a_run_that_was_not_given_the_time_to_save_goes_on_from_its_last_checkpo
     assert f"resumed from {run / 'checkpoints' / 'step-00000004'} at step 4" in started.output()
     assert "attempt 1" in started.output()
     assert "was not ended but is dead; taken over from" in started.output()
+    assert "\n1 steps beyond the checkpoint are taken again" in started.output()
     assert_same_end(run, whole)
 
 
 def test_a_run_that_gets_nowhere_is_not_started_for_ever(runs: Runs, whole: Path) -> None:
-    """Row 13: killed three times before its first checkpoint."""
+    """Row 13, and row 45: killed three times before its first checkpoint."""
     killed = fault("send_signals", step=1, names=("KILL",))
     for _ in range(3):
         runs.go_on("run", killed).ends(-signal.SIGKILL)
@@ -455,6 +575,54 @@ def test_ranks_with_different_software_do_not_start(runs: Runs) -> None:
     assert_plain(started)
 
 
+def assert_both_refuse(started: Started, told: str) -> None:
+    for rank in (0, 1):
+        line = started.output(rank).splitlines()[-1]
+        assert line.startswith(f"pretrain: {'rank 1: ' if rank else ''}{told}: differs between ranks: "), line
+        assert " on rank 0 on " in line
+        assert " on rank 1 on " in line
+        assert line.endswith("; give every rank the same software, configuration and data")
+    assert_plain(started)
+
+
+@pytest.mark.distributed
+def test_ranks_with_different_settings_do_not_start(runs: Runs) -> None:
+    """Row 42: a launcher that gave one rank another command."""
+    started = runs.start("run", ranks=2, of_rank={1: ["optim.base_lr=0.01"]}).ends(2)
+    assert_both_refuse(started, "configuration")
+    assert not records(runs.folder / "run")
+
+
+@pytest.mark.distributed
+def test_ranks_with_different_shards_do_not_start(runs: Runs) -> None:
+    """Row 42: the same path, below which each node has other images."""
+    nodes = [runs.folder / name for name in ("one", "other")]
+    make_shards(nodes[0] / "shards", [20, 20, 20], height=32, width=32)
+    make_shards(nodes[1] / "shards", [20, 21, 19], height=32, width=32)
+    apart = fault("work_in", folders=[str(node) for node in nodes])
+    started = runs.start("run", apart, ranks=2, settings=["data.shards=shards"]).ends(2)
+    assert_both_refuse(started, "index of shards (train)")
+    assert not records(runs.folder / "run")
+
+
+@pytest.mark.distributed
+def test_a_run_that_goes_on_with_other_numbers_of_ranks_reads_the_same_samples(
+    runs: Runs, whole: Path
+) -> None:
+    """Row 6: on 4 ranks, then on 2, then on 3."""
+    run = runs.folder / "run"
+    for ranks, step in ((4, 4), (2, 8)):
+        stopped = fault("send_signals", on=0, step=step, names=("TERM",))
+        runs.go_on("run", stopped, ranks=ranks).ends(75, seconds=120)
+    runs.go_on("run", ranks=3).ends(0, seconds=120)
+    assert [attempt(run, number)["began_from"]["step"] for number in (1, 2, 3)] == [0, 5, 9]
+    assert [record["attempt"] for record in records(run)] == [1] * 5 + [2] * 4 + [3] * 3
+    assert digests(run) == digests(whole)
+    # of the first step to the last digits; Adam then magnifies the rounding of gradients near zero
+    for found, wanted in zip(records(run), records(whole), strict=True):
+        assert found["total"] == pytest.approx(wanted["total"], rel=1e-5 if found["step"] == 1 else 1e-2)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("part", ["student", "teacher"])
 def test_a_rank_whose_weights_drift_is_named(part: str, runs: Runs) -> None:
@@ -520,6 +688,28 @@ def test_a_run_goes_back_passes_over_what_spoilt_it_and_can_be_resumed_at_any_mo
     assert_same_end(other, one)
 
 
+@pytest.mark.parametrize(("after_step", "every_steps"), [(4, 4), (4, 2), (5, 2), (7, 4)])
+def test_a_run_whose_weights_are_spoilt_goes_back_and_never_to_such_weights(
+    after_step: int, every_steps: int, runs: Runs, whole: Path
+) -> None:
+    """Row 19: NaN in the student, which would land in no checkpoint, or in one before the run goes back."""
+    settings = ["guard.max_nonfinite_steps=2", f"checkpoint.every_steps={every_steps}"]
+    started = runs.start("run", fault("spoil_weights", after_step=after_step), settings=settings).ends(0)
+    run = runs.folder / "run"
+    assert "went back to step 4 (" in started.output()
+    assert started.metric("pretrain_rollbacks_total") == 1
+    spoilt = [step for step in range(after_step + 1, after_step + 3) if step % every_steps == 0]
+    assert started.metric("pretrain_checkpoint_failures_total") == len(spoilt)
+    for step in spoilt:
+        assert f"the checkpoint of step {step} was not written" in started.output()
+        assert f"in {checkpoint.STUDENT} is not finite" in started.output()
+    assert_passed_over(run, whole, after_step + 1, after_step + 2)
+    assert steps_saved(run) == list(range(every_steps, NUM_STEPS + 1, every_steps))
+    for folder in checkpoint.list_checkpoints(run):
+        assert_finite(folder)
+    assert_plain(started)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_all_ranks_go_back_together_where_the_loss_of_one_is_spoilt(runs: Runs, whole_of_two: Path) -> None:
@@ -554,6 +744,8 @@ def test_a_run_that_has_nothing_to_go_back_to_says_so(runs: Runs) -> None:
     spoilt = fault("spoil_loss", data_steps=[0, 1])
     started = runs.start("run", spoilt, settings=["guard.max_nonfinite_steps=2"]).ends(1)
     assert "stopped: step 2: there is no checkpoint to go back to" in started.output()
+    last = (runs.folder / "run" / "train.log").read_text().splitlines()[-1]
+    assert " stopped: step 2: there is no checkpoint to go back to" in last
 
 
 @pytest.mark.parametrize("action", ["log", "rollback", "stop"])
@@ -616,6 +808,45 @@ def test_a_run_goes_on_with_another_task_only_when_told(runs: Runs, whole: Path)
     with pytest.raises(AssertionError):
         assert_same_tensors(saved_at(run, 12), saved_at(whole, 12), checkpoint.STUDENT)
     assert yaml.safe_load((run / "config.yaml").read_text())["tasks"]["contrastive"]["temperature"] == 0.3
+
+
+# -- clocks, and who looks on ------------------------------------------------------------------------------
+
+
+def test_a_clock_that_jumps_back_and_forth_changes_nothing(runs: Runs, whole: Path) -> None:
+    """Row 40: by a day, all the time, and through a resume."""
+    run, jumps = runs.folder / "run", fault("clock_jumps", seconds=86400.0)
+    runs.start("run", jumps, fault("send_signals", step=6, names=("TERM",))).ends(75)
+    started = runs.go_on("run", jumps).ends(0)
+    assert_same_end(run, whole)
+    assert all(0 < record["step_seconds"] < 60 for record in records(run))
+    assert all(0 <= record["data_wait_seconds"] < 60 for record in records(run))
+    times = [record["unix_time"] for record in records(run)]
+    assert max(times) - min(times) > 86400, "the clock was meant to jump"
+    seconds = re.findall(r"checkpoint of step \d+ written in (\S+) s", started.output())
+    assert all(0 <= float(each) < 60 for each in seconds)
+    assert started.metric("pretrain_step_seconds_sum") < 60
+    assert_plain(started)
+
+
+@pytest.mark.parametrize("port", ["some port", "the last port"])
+def test_a_run_whose_port_for_metrics_is_taken_trains_as_ever(port: str, runs: Runs, whole: Path) -> None:
+    """Row 39: the next port is taken or, where there is none, metrics are not served."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0 if port == "some port" else 65535))
+        held.listen()
+        taken = held.getsockname()[1]
+        settings = [f"log.prometheus={{enabled: true, port: {taken}}}"]
+        started = runs.start("run", settings=settings).ends(0)
+    served = re.search(r"^metrics at http://127\.0\.0\.1:(\d+)/metrics$", started.output(), re.MULTILINE)
+    if port == "some port":
+        assert served, started.output()
+        assert taken < int(served[1]) < taken + PORT_TRIES
+    else:
+        assert served is None
+        assert "metrics are not served: 127.0.0.1:65535: Address already in use" in started.output()
+    assert started.metric("pretrain_steps_total") == NUM_STEPS
+    assert_same_end(runs.folder / "run", whole)
 
 
 # -- as a user starts it: the launcher, loader processes, watchdogs ------------------------------------------
