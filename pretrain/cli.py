@@ -320,16 +320,28 @@ def _check(arguments: argparse.Namespace) -> int:
     from pretrain.preflight import Problem, find_problems, find_problems_of_machine
 
     place = cluster.detect()
-    if arguments.nproc is not None and place.world_size == 1:
+    was_launched = place.world_size > 1
+    if arguments.nproc is not None and not was_launched:
         place = cluster.Cluster(0, arguments.nproc, 0, arguments.nproc, "--nproc")
+    wait_seconds = cluster.ClusterConfig().rendezvous_seconds
     try:
-        problems = find_problems(_run_request(arguments), place)
+        request = _run_request(arguments)
+        wait_seconds = request.config.cluster.rendezvous_seconds
+        problems = find_problems(request, place)
     except ConfigError as error:  # the settings cannot be read; the machine still can be looked at
         problems = [Problem(error), *find_problems_of_machine(place)]
+    if was_launched and not any(problem.line.startswith("MASTER_") for problem in problems):
+        try:
+            cluster.find_peers(place, wait_seconds)
+        except (UserError, TrainingError) as error:
+            problems.append(Problem(UserError(str(error))))
+    rank = "" if place.is_first else f"rank {place.rank}: "
     for problem in problems:
-        _say(f"{'warning' if problem.is_warning else 'error'}: {problem.line}")
+        if place.is_first or not problem.is_warning:  # which the ranks of a node have in common
+            _say(f"{rank}{'warning' if problem.is_warning else 'error'}: {problem.line}")
     num_errors = sum(not problem.is_warning for problem in problems)
-    _say(f"{num_errors} errors, {len(problems) - num_errors} warnings")
+    if place.is_first:
+        _say(f"{num_errors} errors, {len(problems) - num_errors} warnings")
     return EXIT_USER_ERROR if num_errors else EXIT_DONE
 
 

@@ -28,7 +28,6 @@ from pretrain.cluster import (
     connected,
     detect,
     difference,
-    job_name,
     job_seconds_left,
     launch_local,
     master,
@@ -192,11 +191,10 @@ def test_steps_and_jobs_that_share_a_node_get_ports_of_their_own() -> None:
 
 def test_the_job_is_read_with_its_restarts() -> None:
     assert slurm_job({}) is None
-    assert job_name({}) is None
     variables = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node[1-2]"}
     assert slurm_job(variables) == SlurmJob("123", 0, "node[1-2]")
     assert slurm_job(variables | {"SLURM_RESTART_COUNT": "2"}) == SlurmJob("123", 2, "node[1-2]")
-    assert job_name(variables) == "slurm 123"
+    assert SlurmJob("123").name == "slurm 123"
     with pytest.raises(UserError, match=r"^SLURM_RESTART_COUNT: 'x'"):
         slurm_job(variables | {"SLURM_RESTART_COUNT": "x"})
 
@@ -204,7 +202,9 @@ def test_the_job_is_read_with_its_restarts() -> None:
 def test_a_task_of_an_array_is_not_the_whole_array() -> None:
     """The last task of array 120 has job id 120, and `scontrol requeue 120` would restart all of them."""
     array = {"SLURM_JOB_ID": "120", "SLURM_ARRAY_JOB_ID": "120", "SLURM_ARRAY_TASK_ID": "4"}
-    assert job_name(array) == "slurm 120_4"
+    job = slurm_job(array)
+    assert job is not None
+    assert job.name == "slurm 120_4"
 
 
 @pytest.mark.parametrize(

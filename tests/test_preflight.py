@@ -8,6 +8,8 @@ import os
 import re
 import resource
 import socket
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -22,7 +24,7 @@ from test_changes import written
 
 from pretrain import checkpoint, preflight
 from pretrain.cli import main
-from pretrain.cluster import Cluster
+from pretrain.cluster import Cluster, free_port
 from pretrain.config import load_config
 from pretrain.data.loader import open_splits
 from pretrain.errors import CheckpointError, ConfigError, DataError, UserError
@@ -452,3 +454,33 @@ def test_a_cache_that_holds_fewer_shards_than_are_read_at_one_time_is_a_warning(
     inspected = inspect(request_for(tmp_path / "shards", tmp_path, small), Cluster())
     assert [line for line in inspected.warnings if line.startswith("data.cache.max_gib")]
     assert not (tmp_path / "cache").exists()
+
+
+def check_as_rank(rank: int, port: int, config: Path, *more: str) -> subprocess.Popen[str]:
+    """`pretrain check` as a launcher starts it on one of two ranks."""
+    variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pretrain", "check", str(config), *more],
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.distributed
+def test_a_check_on_every_rank_proves_that_they_reach_each_other(tmp_path: Path) -> None:
+    make_shards(tmp_path / "shards", [8] * 4, height=32, width=32)
+    path = write_config(tmp_path)
+    settings = [f"data.shards={tmp_path / 'shards'}", "log.prometheus.enabled=false"]
+    port = free_port()
+    ranks = [check_as_rank(rank, port, path, *settings) for rank in (0, 1)]
+    told = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    assert told[0].splitlines()[-1] == "0 errors, 0 warnings"
+    alone = check_as_rank(0, port, path, *settings, "cluster.rendezvous_seconds=1")
+    told = [alone.communicate(timeout=120)[0]]
+    assert alone.returncode == 2
+    assert "error: absent after 1 s: rank 1 of 2" in told[0]
+    assert "1 errors, 0 warnings" in told[0]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -165,20 +169,121 @@ def test_every_zero_stage_continues_from_a_checkpoint_of_another_engine(config: 
             assert record["total"] == pytest.approx(expected[record["step"]]["total"], rel=1e-4)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert train_here(config, whole) == 0
-    assert train_here(config, run) == 0
-    path = last_checkpoint(run) / checkpoint.STUDENT
+def flip_a_bit(folder: Path) -> None:
+    path = folder / checkpoint.STUDENT
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(bytes(damaged))
+
+
+def seal(folder: Path) -> None:
+    """Let the manifest of a checkpoint vouch for the files that are there, whoever made them."""
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    there = {name for name in manifest["files"] if (folder / name).exists()}
+    manifest["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in there}
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def leave_out_the_teacher(folder: Path) -> None:
+    (folder / checkpoint.TEACHER).unlink()
+    seal(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (flip_a_bit, "weights/student.safetensors is damaged"),
+        (leave_out_the_teacher, "weights/teacher.safetensors is missing, and its run has a teacher"),
+    ],
+    ids=["a flipped bit", "no teacher"],
+)
+def test_a_damaged_newest_checkpoint_is_put_aside_and_the_one_before_taken(
+    damage: Callable[[Path], None],
+    told: str,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Row 3, and row 51 of a checkpoint to go on from: half of it is not taken for a whole."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train_here(config, whole) == 0
+    assert train_here(config, run) == 0
+    damage(last_checkpoint(run))
     assert train_here(config, run, "--resume", "auto") == 0
-    assert "step-00000010: weights/student.safetensors is damaged" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert f"step-00000010: {told}" in printed.err
+    aside = run / "checkpoints" / "aside-step-00000010"
+    assert checkpoint.verify(aside) == [told + " (sha256 differs)" * ("damaged" in told)]
+    assert f"was renamed to {aside}" in printed.out
+    assert "2 steps beyond the checkpoint are taken again" in printed.out
     assert samples_seen(run) == samples_seen(whole)
     assert_same_tensors(last_checkpoint(run), last_checkpoint(whole))
+
+
+class Canary:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def safetensors_header(length: int, header: object) -> bytes:
+    return length.to_bytes(8, "little") + json.dumps(header).encode()
+
+
+BEYOND = {"backbone.norm.weight": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}
+HARM: dict[str, Callable[[Path, Canary], object]] = {
+    "a pickle of torch": lambda path, canary: torch.save(canary, path),
+    "a pickle": lambda path, canary: path.write_bytes(pickle.dumps(canary)),
+    "a header of exbibytes": lambda path, canary: path.write_bytes(safetensors_header(1 << 60, {})),
+    "tensors beyond the file": lambda path, canary: path.write_bytes(
+        safetensors_header(len(json.dumps(BEYOND)), BEYOND) + bytes(64)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_once(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "saved"
+    assert train_here(config, run, "schedule.steps=4", "checkpoint.every_steps=4") == 0
+    return run
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_weights_that_were_made_to_do_harm_are_refused_in_one_line_and_nothing_of_them_runs(
+    harm: str, saved_once: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Row 37: their manifest vouches for them, so that only their form can tell."""
+    run, canary, out = tmp_path / "run", Canary(tmp_path / "it ran"), tmp_path / "exported"
+    shutil.copytree(saved_once, run)
+    for name in (checkpoint.STUDENT, checkpoint.TEACHER, checkpoint.OPTIMIZER):
+        HARM[harm](last_checkpoint(run) / name, canary)
+    seal(last_checkpoint(run))
+    assert checkpoint.verify(last_checkpoint(run)) == []
+    resume = arguments(config, run, "engine.kind=local", "--resume", "auto")
+    for command in (
+        resume,
+        [*resume, "--allow-change", "tasks", "tasks.rotation=null"],
+        ["export", str(run), "--out", str(out)],
+        ["export", str(run), "--out", str(out), "--weights", "student"],
+        ["evaluate", "knn", str(run), "--train", str(config.parent), "--test", str(config.parent)],
+    ):
+        capsys.readouterr()
+        assert main(command) == 2, command
+        lines = capsys.readouterr().err.splitlines()
+        told = [line for line in lines if "is not in the format safetensors" in line]
+        assert len(told) == 1, lines
+        assert told[0].startswith("pretrain: ")
+        assert not [line for line in lines if line not in told and "passing over" not in line], lines
+        assert not canary.path.exists(), command
+        assert not out.exists()
+    if "pickle" in harm:  # it would have run
+        with suppress(pickle.UnpicklingError, RuntimeError):
+            torch.load(last_checkpoint(run) / checkpoint.STUDENT, weights_only=False)
+        assert canary.path.exists()
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(

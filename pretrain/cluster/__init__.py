@@ -5,8 +5,8 @@ The only place that reads the variables of launchers and of Slurm, asks Slurm, a
 
 from pretrain.cluster.layout import Cluster, detect, master
 from pretrain.cluster.local import free_port, launch_local
-from pretrain.cluster.meeting import ClusterConfig, connected, meet, ranges
-from pretrain.cluster.slurm import SlurmJob, job_name, job_seconds_left, requeue, seconds_of, slurm_job
+from pretrain.cluster.meeting import ClusterConfig, connected, find_peers, meet, ranges
+from pretrain.cluster.slurm import SlurmJob, job_seconds_left, requeue, seconds_of, slurm_job
 from pretrain.cluster.talking import (
     agree,
     difference,
@@ -27,13 +27,13 @@ __all__ = [
     "connected",
     "detect",
     "difference",
+    "find_peers",
     "first_said",
     "free_port",
     "from_all",
     "from_first",
     "host_name",
     "is_lost_peer",
-    "job_name",
     "job_seconds_left",
     "launch_local",
     "master",

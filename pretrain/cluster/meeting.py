@@ -94,6 +94,21 @@ def meet(cluster: Cluster, host: str, port: int, seconds: float, timeout: timede
         return _meet(cluster, host, port, seconds, timeout)
 
 
+def find_peers(cluster: Cluster, seconds: float) -> None:
+    """Prove that all ranks reach rank 0, and part again; else an error names who is absent or what is wrong.
+
+    torchrun has proved it when it starts a rank.
+    """
+    if cluster.world_size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    host, port = master()
+    timeout = timedelta(seconds=seconds)
+    store = meet(cluster, host, port, seconds, timeout)
+    store.set(f"seen {cluster.rank}", "")
+    if cluster.is_first:  # it serves the others until all have come so far
+        store.wait([f"seen {rank}" for rank in range(cluster.world_size)], timeout)
+
+
 @contextmanager
 def _ended_by_term() -> Iterator[None]:
     """SIGTERM ends a rank that still waits for others: there is no step to finish, and nothing to save.

@@ -39,12 +39,6 @@ def slurm_job(variables: Mapping[str, str] = os.environ) -> SlurmJob | None:
     return SlurmJob(id, restart, variables.get("SLURM_JOB_NODELIST", ""))
 
 
-def job_name(variables: Mapping[str, str] = os.environ) -> str | None:
-    """'slurm 123', or None outside of a job."""
-    job = slurm_job(variables)
-    return job.name if job else None
-
-
 _REQUEUED: dict[
     str, str | None
 ] = {}  # job -> why it failed; a second request would restart the restarted job
