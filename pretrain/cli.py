@@ -294,11 +294,11 @@ def _train_as_told(arguments: argparse.Namespace, num_processes: int | None) -> 
     return EXIT_DONE
 
 
-def _run_request(arguments: argparse.Namespace) -> Any:
+def _run_request(arguments: argparse.Namespace, config: Any = None) -> Any:
     from pretrain.config import load_config
     from pretrain.preflight import Request
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = config or load_config(arguments.config, arguments.overrides)
     output_dir = arguments.output_dir or Path("runs") / arguments.config.stem
     allowed = tuple(arguments.allow_change)
     return Request(config, output_dir, arguments.resume, arguments.allow_new_data, allowed)
@@ -317,6 +317,7 @@ def _rehearse(request: Any, place: Any, world_size: int | None) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from pretrain import cluster
+    from pretrain.config import readable_config
     from pretrain.preflight import Problem, find_problems, find_problems_of_machine
 
     place = cluster.detect()
@@ -328,8 +329,12 @@ def _check(arguments: argparse.Namespace) -> int:
         request = _run_request(arguments)
         wait_seconds = request.config.cluster.rendezvous_seconds
         problems = find_problems(request, place)
-    except ConfigError as error:  # the settings cannot be read; the machine still can be looked at
-        problems = [Problem(error), *find_problems_of_machine(place)]
+    except ConfigError as error:  # what can be read of the settings is looked at, and else the machine
+        rest = readable_config(arguments.config, arguments.overrides)
+        further = (
+            find_problems(_run_request(arguments, rest), place) if rest else find_problems_of_machine(place)
+        )
+        problems = [Problem(error), *further]
     if was_launched and not any(problem.line.startswith("MASTER_") for problem in problems):
         try:
             cluster.find_peers(place, wait_seconds)

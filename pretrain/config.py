@@ -29,6 +29,7 @@ from pretrain.watchdog import WatchdogConfig
 
 Count = Annotated[int, Field(gt=0)]
 MAX_DEPTH = 32  # of nested settings
+MAX_WRONG_SETTINGS = 20  # after which it is another sort of file
 
 
 class _Settings(BaseModel):
@@ -194,12 +195,44 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with one line that names each wrong key, what is expected and the nearest known name.
     """
+    # by way of JSON: strict types, yet lists for tuples and text for paths
+    return validate(json.dumps(_settings(path, overrides)), str(path))
+
+
+def readable_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | None:
+    """The config without its wrong settings, to look for further problems with; None if that is no config."""
+    try:
+        settings = _settings(path, overrides)
+    except ConfigError:
+        return None
+    for _ in range(MAX_WRONG_SETTINGS):
+        try:
+            return RunConfig.model_validate_json(json.dumps(settings), strict=True)
+        except ValidationError as error:
+            removed = [_remove(settings, problem["loc"]) for problem in error.errors()]
+            if not any(removed):
+                return None
+    return None
+
+
+def _settings(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     settings = _read_settings(path)
     for argument in overrides:
         _override(settings, argument)
     _inline_deepspeed(settings, path)
-    # by way of JSON: strict types, yet lists for tuples and text for paths
-    return validate(json.dumps(settings), str(path))
+    return settings
+
+
+def _remove(settings: Any, place: Sequence[int | str]) -> bool:
+    """Take out the innermost setting that a place names; whether there was one."""
+    for number, key in enumerate(place):
+        if not isinstance(settings, dict) or key not in settings:
+            return False
+        if number == len(place) - 1 or not isinstance(settings[key], dict):
+            del settings[key]
+            return True
+        settings = settings[key]
+    return False
 
 
 def _read_settings(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def _examine(request: Request, place: cluster.Cluster, findings: _Findings) -> I
         look(lambda: changes.check_names(request.allow_changes))
         resume_from = look(lambda: _find_checkpoint(request))
         files = None
-        if not findings.errors:
+        if of_settings.keys().isdisjoint(("tasks", "model", "views", "names", "teacher", "patches")):
             files = look(lambda: changes.outline(config, num_samples))
             if files is not None:
                 num_bytes = changes.num_bytes(files)

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from small_config import CONFIG, small_config, write_config
 
 from pretrain.check import check
@@ -212,6 +217,89 @@ def test_a_file_that_is_not_a_plain_run_is_refused_in_one_line(text: str, tmp_pa
     message = refusal(path)
     assert message.startswith(f"{path}: ")
     assert TEXTS[text] in message
+
+
+def refusal_of(path: Path) -> str | None:
+    try:
+        load_config(path)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def assert_read_or_refused_in_one_line(path: Path) -> None:
+    message = refusal_of(path)
+    if message is not None:
+        assert message.startswith((f"{path}:", "engine.deepspeed: "))
+        assert len(message.splitlines()) == 1, repr(message)
+
+
+# of what YAML gives a meaning to, and of what is only text
+PIECES = st.text(alphabet=" \n\t:,-?&*!|>'\"%@`#{}[]<=~.0159einafxX_\\\0\x1b\x85\u2028ü", max_size=12)
+TEXT = st.one_of(
+    PIECES, st.sampled_from(["<<: *view", "!!python/name:os.system ", "\n---\n", "1e999", "0x_"])
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    changes=st.lists(st.tuples(st.integers(0, len(CONFIG)), st.integers(0, 12), TEXT), min_size=1, max_size=3)
+)
+def test_a_file_in_which_characters_were_changed_is_read_or_refused_in_one_line(
+    changes: list[tuple[int, int, str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Row 38. Each change: where it begins, how many characters go, and what comes in their place."""
+    text = CONFIG
+    for place, num_characters, new in changes:
+        text = text[:place] + new + text[place + num_characters :]
+    path = tmp_path_factory.getbasetemp() / "characters.yaml"
+    path.write_text(text, newline="")
+    assert_read_or_refused_in_one_line(path)
+
+
+SINGLE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.binary(max_size=4),
+    st.dates(),
+)
+VALUES = st.recursive(
+    SINGLE,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(section: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The keys that lead to every setting and to every section."""
+    inner = section if isinstance(section, dict) else {}
+    found = [place for key, value in inner.items() for place in places(value, (*path, key))]
+    return [path, *found] if path else found
+
+
+PLACES = places(yaml.safe_load(CONFIG))
+
+
+@settings(max_examples=300, deadline=None)
+@given(changes=st.lists(st.tuples(st.sampled_from(PLACES), VALUES), min_size=1, max_size=2))
+@example(changes=[(("model",), {"a\nb": 1})])
+def test_a_file_with_other_values_is_read_or_refused_in_one_line(
+    changes: list[tuple[tuple[str, ...], Any]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Row 38: of every type and size, in place of any setting or section."""
+    content = copy.deepcopy(yaml.safe_load(CONFIG))
+    for (*sections, last), value in changes:
+        section = content
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section[last] = value
+    path = tmp_path_factory.getbasetemp() / "values.yaml"
+    path.write_text(yaml.safe_dump(content, allow_unicode=True))
+    assert_read_or_refused_in_one_line(path)
 
 
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:

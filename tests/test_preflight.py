@@ -456,6 +456,20 @@ def test_a_cache_that_holds_fewer_shards_than_are_read_at_one_time_is_a_warning(
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_check_looks_past_settings_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One pass tells all: of the settings, and of the shards that the readable ones name."""
+    make_shards(tmp_path / "shards", [8] * 4, height=32, width=32)
+    next((tmp_path / "shards").glob("*.tar")).unlink()
+    wrong = ["optim.base_lr=-1", "optim.beta1=0.9", "schedule.steps=no", f"data.shards={tmp_path / 'shards'}"]
+    assert main(["check", str(write_config(tmp_path)), *wrong, "--nproc", "3"]) == 2
+    told = capsys.readouterr().out
+    for setting in ("optim.base_lr", "optim.beta1", "schedule.steps", "data.lanes: 4 lanes cannot be shared"):
+        assert setting in told
+    assert "1 of 4 shards do not match the index" in told
+
+
 def check_as_rank(rank: int, port: int, config: Path, *more: str) -> subprocess.Popen[str]:
     """`pretrain check` as a launcher starts it on one of two ranks."""
     variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}

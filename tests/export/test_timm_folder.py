@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
 from run_folder import MEAN, STD, random_state, seal, tiny_config, write_checkpoint
 from safetensors.torch import load_file
 
@@ -162,6 +163,43 @@ def test_weights_that_are_not_finite_are_refused_even_if_an_older_checkpoint_is_
     with pytest.raises(CheckpointError, match=r"NaN or Inf.*blocks\.1\.mlp\.fc1\.weight"):
         export_timm(tmp_path / "run", tmp_path / "out")
     nothing_left(tmp_path, "out")
+
+
+def with_teacher(checkpoint: Path) -> None:
+    """Let its config say that the run has a teacher."""
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    config["teacher"] = {"momentum": 0.9}
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(config))
+    seal(checkpoint)
+
+
+def test_the_student_is_not_taken_for_a_teacher_that_is_missing(tmp_path: Path) -> None:
+    """Row 51: a checkpoint that has lost its teacher, manifest and all."""
+    state = random_state(tiny_config(), 0)
+    with_teacher(write_checkpoint(tmp_path / "run", tiny_config(), networks={"student": state}))
+    for run in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00001000"):
+        with pytest.raises(CheckpointError, match=r"its run has a teacher, whose weights are not here"):
+            export_timm(run, tmp_path / "out")
+        nothing_left(tmp_path, "out")
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(CheckpointError, match=r"--weights student"):
+            export_timm(run, tmp_path / "empty")
+        assert not list((tmp_path / "empty").iterdir())
+    report = export_timm(tmp_path / "run", tmp_path / "out", "student")
+    assert report.source_weights == "student"
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(stored["cls_token"], state["cls_token"], rtol=0, atol=0)
+
+
+def test_a_checkpoint_before_the_one_that_lost_its_teacher_is_exported(tmp_path: Path) -> None:
+    """Row 51."""
+    networks = {
+        name: random_state(tiny_config(), 0, seed) for seed, name in enumerate(("student", "teacher"))
+    }
+    with_teacher(write_checkpoint(tmp_path / "run", tiny_config(), step=1000, networks=networks))
+    with_teacher(write_checkpoint(tmp_path / "run", tiny_config(), step=2000))
+    report = export_timm(tmp_path / "run", tmp_path / "out")
+    assert (report.source_step, report.source_weights) == (1000, "teacher")
 
 
 def test_asking_for_an_absent_teacher_lists_what_is_there(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import socket
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
+from urllib.parse import urlsplit
 
 import prometheus_client
 import pytest
@@ -154,6 +156,33 @@ def test_when_no_port_is_free_the_run_is_told_why_and_goes_on() -> None:
     assert "in use" in problem
     exporter.publish_step(STEP)
     assert sample_of(exporter.registry, "pretrain_loss", task="rotation") == 1.25
+
+
+REQUEST = b"GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n"
+
+
+def connect(url: str, buffer_bytes: int = 4096) -> socket.socket:
+    """A client that takes in little of an answer before it reads."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+    client.connect(("127.0.0.1", urlsplit(url).port))
+    return client
+
+
+def test_clients_that_stand_still_do_not_keep_a_scrape_from_being_answered() -> None:
+    """Row 39: some send nothing, some half a request, and some never read the answer."""
+    exporter, url, _ = open_exporter(PrometheusConfig(port=0))
+    assert url is not None
+    exporter.publish_step(STEP)
+    for number in range(80):  # more than the system takes off a server's hands
+        exporter.set(names.LOSS, 1.0, f"{number}" + 100_000 * "x")
+    with ExitStack() as closing:
+        for sent in (b"", REQUEST[:20], REQUEST) * 3:
+            closing.enter_context(client := connect(url))
+            client.sendall(sent)
+        for value in (2.0, 3.0):
+            exporter.publish_step({"loss/rotation": value})
+            assert f'pretrain_loss{{task="rotation"}} {value}' in scrape(url).splitlines()
 
 
 @pytest.mark.parametrize("address", ["192.0.2.1", "not a host", ""])
