@@ -19,10 +19,10 @@ from pretrain.checkpoint import OPTIMIZER
 from pretrain.data.loader import open_batches
 from pretrain.engine.deepspeed_engine import zero_stage
 from pretrain.engine.engine import Engine
+from pretrain.loop import Loop
 from pretrain.peers import ALONE, Peers
 from pretrain.preflight import Inspected, Request, describe, inspect
 from pretrain.tasks.multitask import MultiTask
-from pretrain.train import Loop
 from pretrain.views.plan import in_places
 
 WARM_SECONDS = 10.0  # where the first step took less, a second one tells what a warm step takes

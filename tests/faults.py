@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pretrain import attempts, build, checkpoint, checkpoint_writer, cluster, train
+from pretrain import attempts, build, checkpoint, checkpoint_writer, cluster, loop, train
 from pretrain.data.inline import InlineBatches
 from pretrain.data.resident import ResidentBatches
 from pretrain.tasks.multitask import MultiTask
@@ -41,13 +41,13 @@ now = _Now()
 
 def follow(accumulation_steps: int) -> None:
     """Keep `now` up to date."""
-    take_step, digest = train.Loop.train_step, train.samples_digest
+    take_step, digest = loop.Loop.train_step, loop.samples_digest
 
-    def followed(loop: Any, step: int) -> None:
-        now.step, now.loop = step, loop
+    def followed(running: Any, step: int) -> None:
+        now.step, now.loop = step, running
         for act in now.before_step:
             act(step)
-        take_step(loop, step)
+        take_step(running, step)
         for act in now.after_step:
             act(step)
 
@@ -57,8 +57,8 @@ def follow(accumulation_steps: int) -> None:
             act(now.data_step)
         return digest(batch, micro_step, rank)
 
-    train.Loop.train_step = followed  # type: ignore[method-assign]
-    train.samples_digest = seen
+    loop.Loop.train_step = followed  # type: ignore[method-assign]
+    loop.samples_digest = seen
 
 
 def _is_on(rank: int, only: int | None) -> bool:

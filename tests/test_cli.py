@@ -21,8 +21,9 @@ from pretrain import build, checkpoint, cluster
 from pretrain.cli import main
 from pretrain.config import RunConfig
 from pretrain.data.loader import open_splits
+from pretrain.loop import samples_digest
 from pretrain.preflight import Inspected, Request, describe, identity, inspect
-from pretrain.train import load_weights, samples_digest
+from pretrain.train import load_weights
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
 
@@ -230,6 +231,44 @@ def test_a_check_starts_nothing_and_counts_what_it_found(
     printed = capsys.readouterr().out.splitlines()
     assert any(line.startswith("error: ") and "3 ranks" in line for line in printed), printed
     assert list(tmp_path.iterdir()) == [path]
+
+
+# what stands in place of `seed: 3`, and an override
+REFUSED = [
+    ("seed: 3", "seeed=1"),
+    ("seed: 3", "seed=1" + 400 * "0"),
+    ("seed: 3", "optim.base_lr=.nan"),
+    ("seed: 3", "batch.global_size=-16"),
+    ("seed: 3", "batch.global_size=18"),
+    ("seed: 3", "model.img_px=30"),
+    ("seed: 3", "tasks.rotation='yes'"),
+    ("seed: 3", "data.lanes=1000000000000"),
+    ("seed: three", "data.lanes=4"),
+    ("seed: [3", "data.lanes=4"),
+    ("seed: !!python/object/apply:os.system ['exit 1']", "data.lanes=4"),
+]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_config_that_is_refused_starts_neither_ranks_nor_a_process_group(
+    num_ranks: int,
+    capsys: pytest.CaptureFixture[str],
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row 38 of the fault catalogue."""
+    _forbid_starting(monkeypatch, group=True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: pytest.fail("the GPU was touched"))
+    good = config_for(shards, tmp_path).read_text()
+    command = ["train", tmp_path / "run.yaml", "--output-dir", "new", "--nproc", num_ranks]
+    for line, override in REFUSED:
+        write_config(tmp_path, good.replace("seed: 3", line))
+        refusal(capsys, *command, override)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+    write_config(tmp_path, good)
+    with pytest.raises(pytest.fail.Exception, match="something was started"):
+        main([*map(str, command), "engine.kind=deepspeed"])
 
 
 def test_a_dry_run_takes_a_step_as_rank_0_prints_the_layout_and_leaves_nothing(

@@ -1,0 +1,410 @@
+"""The training loop: steps, checkpoints, going back, and what may end it early."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain import build, checkpoint, cluster, preempt
+from pretrain.checkpoint import Checkpoint
+from pretrain.config import RunConfig
+from pretrain.data.loader import Batch, Batches
+from pretrain.engine.deepspeed_engine import zero_stage
+from pretrain.engine.engine import Engine, OptimizerState, check_without_gradient
+from pretrain.errors import PreemptedError, TrainingError
+from pretrain.guard import Verdict, checksum, deviants
+from pretrain.memory import is_out_of_memory, out_of_memory_report
+from pretrain.metrics.meter import Meter
+from pretrain.models.teacher import Teacher
+from pretrain.oversight import ANOMALIES, Oversight
+from pretrain.passed_over import PassedOver
+from pretrain.preempt import PreemptConfig, Preemption
+from pretrain.preflight import Inspected, Request, identity
+from pretrain.randomness import bits
+from pretrain.relabel import Relabeler
+from pretrain.rollbacks import write_rollbacks
+from pretrain.saving import Saver
+from pretrain.views.prepare import Inputs, Recipe, prepare, with_labels
+from pretrain.watchdog import Watchdog, WatchdogConfig
+from pretrain.work_time import WorkTime
+
+logger = logging.getLogger("pretrain")
+
+# what every rank adds to a step's one collective, before the work seconds of each rank
+TALLIED = ("samples", "bad_samples", "storage_retries", "stop", "write_failures")
+
+
+class Loop:
+    """The loop and what it keeps between steps."""
+
+    def __init__(
+        self,
+        request: Request,
+        inspected: Inspected,
+        place: cluster.Cluster,
+        engine: Engine,
+        teacher: Teacher | None,
+        relabeler: Relabeler | None,
+        batches: Batches,
+        meter: Meter | None,
+        *,
+        watchdog: Watchdog | None = None,
+        preemption: Preemption | None = None,
+        work_time: WorkTime | None = None,
+        saver: Saver | None = None,
+        reopen: Callable[[int], Batches] | None = None,
+    ) -> None:
+        config = request.config
+        self.config = config
+        self.run_dir = request.output_dir
+        self.inspected = inspected
+        self.place = place
+        self.engine = engine
+        self.teacher = teacher
+        self.relabeler = relabeler
+        self.batches = batches
+        self.meter = meter
+        self.watchdog = watchdog or Watchdog(WatchdogConfig(enabled=False), 0, 1, self.run_dir)
+        self.preemption = preemption or Preemption(PreemptConfig())
+        self.work_time = work_time or WorkTime(place.device)
+        self.saver = saver
+        self.reopen = reopen
+        self.recipe: Recipe = build.recipe(config)
+        self.num_steps = inspected.num_steps
+        self.timetable = build.timetable(config, inspected.mixture.num_samples)
+        self.identity = identity(config, inspected.splits)
+        path = self.run_dir / ANOMALIES if place.is_first and saver else None
+        hosts = cluster.from_all(cluster.host_name())
+        self.oversight = Oversight(
+            config.guard,
+            place.world_size,
+            path,
+            lambda rank: f" ({hosts[rank]})" if len(set(hosts)) > 1 else "",
+        )
+        self.passed_over = PassedOver()
+        self._data_step: int | None = None  # that the loader gives next
+        self._sample_ids: list[Tensor] = []  # of the step under way
+        self._values: dict[str, float] = {}  # of the last step
+        self._current = 0  # the step under way
+        self._verdict: Verdict = "go on"
+        self._is_audited = False
+        self._stop: str | None = None  # why all ranks are to stop after this step
+        # ZeRO-3 gathers parameters while it goes forward, so ranks meet as it begins
+        meets_early = zero_stage_of(config) == 3
+        engine.module.register_forward_pre_hook(lambda *_: self.work_time.meet() if meets_early else None)
+        engine.module.register_forward_hook(lambda *_: self._go_backward())
+
+    def train(self, step: int) -> None:
+        try:
+            self._train(step)
+        except Exception as error:
+            explanation = self._explanation(error, self._current)
+            if explanation is None:
+                raise
+            raise TrainingError(explanation) from error
+
+    def _train(self, step: int) -> None:
+        started_at = saved_at = step
+        while step < self.num_steps:
+            self.train_step(step)
+            if step == started_at:
+                self.watchdog.started()
+            if self._verdict == "rollback":
+                step = saved_at = self._go_back()
+            else:
+                step += 1
+            self._compare_ranks(step)
+            if step % self.config.checkpoint.every_steps == 0 or step == self.num_steps or self._stop:
+                if step != saved_at:
+                    self.save(step)
+                saved_at = step
+            elif self.saver:
+                self.saver.report()
+            if self._stop and step < self.num_steps:
+                self._end_early(step, self._stop)
+        if self.saver:
+            with self.watchdog.section("checkpoint", step - 1):
+                self.saver.finish()
+
+    def train_step(self, step: int) -> None:
+        """Take the step that follows `step` finished ones."""
+        started, waited = time.perf_counter(), self.batches.wait_seconds
+        self._current = step
+        self.watchdog.enter("data", step)
+        self.work_time.begin()
+        # dropout and drop path, if a model has them, draw the same numbers after a resume
+        torch.manual_seed(int(bits(self.config.seed, step, self.place.rank, 0, 1)))
+        epoch = self.timetable.moment(step).epoch
+        if self.relabeler and self.relabeler.due(epoch):
+            with self.watchdog.section("evaluation", step):
+                self.relabeler.relabel(self.engine, epoch)
+        if self.config.teacher and self.config.teacher.update == "before":
+            self._update_teacher(step)
+        inputs, tally = self._micro_inputs(step)
+        knobs = self.timetable.knobs(step)
+        output = self.engine.train_step(inputs, knobs, tally)
+        if not self._is_audited:
+            silent = [
+                f"tasks.{name}.*"
+                for name, task in self.engine.module.tasks.items()
+                if getattr(task, "starts_silent", False)
+            ]
+            allowed = [*self.config.engine.allow_without_gradient, *silent]
+            check_without_gradient(self.engine.without_gradient(), allowed)
+            self._is_audited = True
+        if not output.skipped:
+            self.engine.module.finish_step()
+        values = {**output.values, "grad_norm": output.grad_norm, "lr": knobs.lr}
+        agreed = {name: values.pop(f"extra/{place}") for place, name in enumerate(TALLIED)}
+        work_seconds = [values.pop(f"extra/{len(TALLIED) + rank}") for rank in range(self.place.world_size)]
+        self._stop = preempt.decode(agreed.pop("stop"), self.place.world_size)
+        write_failures = agreed.pop("write_failures")
+        values |= agreed
+        values["backbone_calls"] = float(self.engine.module.num_backbone_calls)
+        if self.teacher and self.timetable.momentum:
+            values["momentum"] = self.timetable.momentum(step)
+            values["teacher_calls"] = float(self.teacher.num_calls)
+            if self.config.teacher and self.config.teacher.update == "after" and not output.skipped:
+                self._update_teacher(step)
+        if self.meter:
+            self.meter.record(
+                step + 1,
+                values,
+                skipped=output.skipped,
+                seconds=time.perf_counter() - started,
+                wait_seconds=self.batches.wait_seconds - waited,
+            )
+        self._values = values
+        self._verdict = self.oversight.saw(step, output, work_seconds, self._all_sample_ids)
+        if self.meter and (step + 1) % self.config.log.every_steps == 0:
+            self.meter.publish_ranks(self.oversight.stragglers.scores())
+        if self.saver:
+            self.saver.check(write_failures)
+
+    def _update_teacher(self, step: int) -> None:
+        assert self.teacher is not None
+        assert self.timetable.momentum is not None
+        module = self.engine.module
+
+        def student() -> Iterator[tuple[str, Tensor]]:
+            for part in self.teacher.parts:  # type: ignore[union-attr]
+                for name, value in self.engine.student(module.get_submodule(part)):
+                    yield f"{part}.{name}", value
+
+        self.teacher.update(student(), self.timetable.momentum(step))
+
+    def _micro_inputs(self, step: int) -> tuple[Iterator[Inputs], Callable[[], Tensor]]:
+        """Inputs of the micro steps, made one at a time, and what they add up to once they are all made."""
+        device, module = self.place.device, self.engine.module
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.engine.precision == "bf16")
+        moment = self.timetable.moment(step)
+        digests: list[Tensor] = []
+        self._sample_ids = []
+        start = self.inspected.data_start_step
+        data_step = self.passed_over.data_step(step - start)
+        self._pass_over(data_step)
+
+        def generate() -> Iterator[Inputs]:
+            for micro in range(self.config.batch.accumulation_steps):
+                self.watchdog.enter("data", step)
+                batch = next(self.batches)
+                self.watchdog.enter("forward", step)
+                micro_step = (start + data_step) * self.config.batch.accumulation_steps + micro
+                digests.append(samples_digest(batch, micro_step, self.place.rank))
+                self._sample_ids.append(batch.sample_ids.clone())  # its memory is the loader's
+                epochs, ids = batch.epochs.to(device), batch.sample_ids.to(device)
+                crops = [of_size.to(device) for of_size in batch.crops]
+                inputs = prepare(self.recipe, self.config.seed, crops, epochs, ids, micro_step)
+                inputs = with_labels(inputs, batch.labels.to(device), moment)
+                if self.teacher:
+                    with autocast:
+                        inputs = module.consult(self.teacher, inputs)
+                yield inputs
+
+        def tally() -> Tensor:
+            self.watchdog.enter("step", step)
+            failures = self.saver.failures_in_a_row if self.saver else 0
+            counts = [float(self.batches.num_bad), float(self.batches.num_retries), self.preemption.code()]
+            work_seconds = [0.0] * self.place.world_size
+            work_seconds[self.place.rank] = self.work_time.seconds
+            own = torch.tensor([*counts, float(failures), *work_seconds], dtype=torch.float64, device=device)
+            return torch.cat([torch.stack(digests).sum().to(device).unsqueeze(0), own])
+
+        return generate(), tally
+
+    def _go_backward(self) -> None:
+        self.work_time.meet()
+        self.watchdog.enter("backward", self._current)
+
+    def _pass_over(self, data_step: int) -> None:
+        """Draw and drop the batches between what was used last and what is due."""
+        due, self._data_step = self._data_step, data_step + 1
+        for _ in range(
+            (data_step - (data_step if due is None else due)) * self.config.batch.accumulation_steps
+        ):
+            next(self.batches)
+
+    def _all_sample_ids(self) -> list[int]:
+        """Of the step under way, on every rank, in the order of the global batch's micro steps."""
+        of_ranks = cluster.from_all([ids.tolist() for ids in self._sample_ids])
+        return [sample for micro in zip(*of_ranks, strict=True) for ids in micro for sample in ids]
+
+    def _go_back(self) -> int:
+        """Continue, in place, from the last checkpoint before what went wrong, and pass over its samples.
+
+        Returns the number of steps it goes on from.
+        """
+        assert self.saver is not None
+        assert self.reopen is not None
+        bad = self.oversight.first_bad_step
+        with self.watchdog.section("checkpoint", self._current):
+            folder = self.saver.newest_up_to(bad)
+            if folder is None:
+                raise TrainingError(
+                    f"step {self._current + 1}: there is no checkpoint to go back to; lower optim.base_lr or "
+                    "set engine.precision=fp32, or save more often with checkpoint.every_steps"
+                )
+            saved = checkpoint.read_checkpoint(folder)
+            start, step = self.inspected.data_start_step, int(saved.state["step"])
+            self.passed_over = self.passed_over.add(bad - start, self._current - start)
+            self.oversight.went_back(step, saved.state.get("guard"))
+            problem = self._note_rollback(step) if self.place.is_first else None
+            problem = cluster.from_first(problem)
+            if problem:
+                raise TrainingError(problem)
+            self.engine.load_weights(saved.student)
+            restore_optimizer(self.engine, saved)
+            if self.teacher and saved.teacher:
+                self.teacher.load_state_dict(saved.teacher)
+            self._data_step = self.passed_over.data_step(step - start)
+            self.batches = self.reopen(self._data_step)
+        if self.meter:
+            self.meter.go_back(step)
+        logger.warning(
+            "went back to step %d (%s); the samples of steps %d to %d are passed over (%d of %d times)",
+            step,
+            folder,
+            bad + 1,
+            self._current + 1,
+            self.oversight.num_rollbacks,
+            self.config.guard.max_rollbacks,
+        )
+        return step
+
+    def _note_rollback(self, step: int) -> str | None:
+        """Leave the folder so that a start in the very next moment does the same; says why it could not."""
+        assert self.saver is not None
+        try:
+            self.saver.forget_after(
+                step
+            )  # first: what is passed over is only right from before the bad steps
+            write_rollbacks(
+                self.run_dir,
+                self.oversight.num_rollbacks,
+                self.passed_over,
+                self.inspected.data_start_step,
+            )
+        except OSError as error:
+            return f"{self.run_dir}: cannot be written ({error.strerror}), so the run cannot go back"
+        return None
+
+    def _compare_ranks(self, step: int) -> None:
+        """Every so often: the weights that all ranks should share are the same, bit by bit."""
+        every = self.config.guard.checksum_every_steps
+        if every is None or step % every or self.place.world_size == 1:
+            return
+        shared = [("buffers." + name, value) for name, value in self.engine.module.named_buffers()]
+        if zero_stage_of(self.config) < 3:
+            shared += list(self.engine.module.named_parameters())
+        if self.teacher:
+            shared += [(f"teacher.{name}", value) for name, value in self.teacher.state_dict().items()]
+        wrong = deviants(cluster.from_all(checksum(shared)))
+        if wrong:
+            raise TrainingError(
+                f"step {step}: the weights of rank {cluster.ranges(wrong)} are not those of the others; a "
+                "device or its memory may be faulty: keep the run off it, and continue with --resume auto"
+            )
+
+    def _explanation(self, error: Exception, step: int) -> str | None:
+        """What an error of a library means, in one line; None for one that is not known."""
+        config, where = self.config, f"step {step + 1}, rank {self.place.rank}"
+        if is_out_of_memory(error):
+            told = out_of_memory_report(
+                error,
+                device=self.place.device,
+                global_batch=config.batch.global_size,
+                accumulation_steps=config.batch.accumulation_steps,
+                world_size=self.place.world_size,
+                lanes=config.data.lanes,
+                recompute=config.engine.recompute,
+                zero_stage=zero_stage_of(config) if config.engine.kind == "deepspeed" else None,
+            )
+            return f"{where}: {told}"
+        if self.place.world_size > 1 and cluster.is_lost_peer(error):
+            return f"{where}: {lost_peer(error)}"
+        return None
+
+    def _end_early(self, step: int, reason: str) -> None:
+        """All is saved; whoever asked has the run started again, or not."""
+        if self.saver:
+            with self.watchdog.section("checkpoint", step - 1):
+                self.saver.finish(wait_for_mirror=False)  # the next attempt brings it what it lacks
+        self.preemption.leave()
+        job = cluster.slurm_job()
+        told = ""
+        if job and preempt.should_requeue(reason, self.config.preempt):
+            problem = cluster.from_first(cluster.requeue(job) if self.place.is_first else None)
+            told = (
+                f"; {job.name} could not be requeued: {problem}" if problem else f"; {job.name} was requeued"
+            )
+        raise PreemptedError(f"{reason}: saved at step {step} of {self.num_steps}{told}", step)
+
+    def save(self, step: int) -> None:
+        """Hand a copy of the state to be written."""
+        if self.saver is None:
+            return
+        with self.watchdog.section("checkpoint", step - 1):  # ranks ahead count that step already
+            self.saver.save(step, self.engine, self.teacher, self._state(), self._values)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "world_size": self.place.world_size,
+            "registers": list(self.engine.module.layout.registers),
+            "identity": self.identity,
+            "data_start_step": self.inspected.data_start_step,
+            "num_samples": self.inspected.mixture.num_samples,
+            "guard": self.oversight.state(),
+            "passed_over": self.passed_over.to_json(),
+        }
+
+
+def zero_stage_of(config: RunConfig) -> int:
+    """0 for the local engine."""
+    return 0 if config.engine.kind == "local" else zero_stage(config.engine)
+
+
+def restore_optimizer(engine: Engine, saved: Checkpoint) -> None:
+    engine.load_optimizer_state(OptimizerState(int(saved.state["optimizer_steps"]), saved.optimizer))
+
+
+def samples_digest(batch: Batch, micro_step: int, rank: int) -> Tensor:
+    """A number that depends on every sample, its epoch and its place in the global batch: float64 ().
+
+    The sum over ranks is the same however many ranks share the batch, and exact: 32 bits a sample.
+    """
+    first = rank * len(batch.sample_ids)
+    places = torch.arange(first, first + len(batch.sample_ids), device=batch.sample_ids.device)
+    state = bits(micro_step, batch.epochs, batch.sample_ids * (1 << 20) + places, 0, 1)
+    return ((state >> 32) & 0xFFFFFFFF).double().sum()
+
+
+def lost_peer(error: BaseException) -> str:
+    said = str(error).splitlines()[0][:120]
+    return (
+        f"another rank has ended or does not answer ({said}); its own messages, or those of its node, say why"
+    )
