@@ -396,6 +396,19 @@ def example(title: str) -> str:
     return block[1]
 
 
+def test_the_check_of_the_guide_proves_that_nodes_reach_each_other(
+    cluster: SlurmCluster, config: Path, tmp_path: Path
+) -> None:
+    [line] = [line for line in example("The first job").splitlines() if line.startswith("srun")]
+    command = (
+        line.replace("configs/imagenet_vitb16_multitask.yaml", str(config))
+        .replace(".venv/", f"{cluster.variables['VENV']}/")
+        .split()
+    )
+    told = cluster.control(*command, "--output-dir", str(tmp_path / "run"))
+    assert told.splitlines()[-1] == "0 errors, 0 warnings"
+
+
 def test_the_torchrun_job_of_the_guide_trains_on_two_nodes(
     cluster: SlurmCluster, config: Path, tmp_path: Path
 ) -> None:
