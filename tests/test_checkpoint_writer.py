@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -283,8 +284,27 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_in_a_report_not_in_waitin
     report = writer.close(timeout_seconds=0.2)
     assert time.monotonic() - started < 5.0
     assert [failure.reason for failure in report.failures] == ["not finished within 0.2 s"]
+    assert report.failures_in_a_row == 1, "a run whose last checkpoint hangs has not ended well"
     gate.open.set()
     until(lambda: writer._snapshot is None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("file", [STUDENT, OPTIMIZER])
+def test_what_is_not_finite_is_not_saved_for_nothing_could_go_on_from_it(
+    file: str, value: float, tmp_path: Path
+) -> None:
+    writer = CheckpointWriter(tmp_path / "run", CONFIG, "")
+    good, spoilt = snapshot(1), snapshot(2)
+    next(iter(spoilt.tensors[file].values()))[7] = value
+    for each in (good, spoilt):
+        writer.submit(each)
+    report = writer.close()
+    assert [done.step for done in report.written] == [1]
+    [failure] = report.failures
+    assert failure.step == 2
+    assert f"in {file} is not finite" in failure.reason
+    assert newest_valid(tmp_path / "run") == (step_folder(tmp_path / "run", 1), [])
 
 
 def test_a_disk_that_is_too_full_is_told_with_numbers_before_a_byte_is_written(
