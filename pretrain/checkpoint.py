@@ -130,14 +130,16 @@ def write_checkpoint(
     """
     attempts.refuse_stale(run, attempt)
     final = step_folder(run, step, attempt)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    # nowhere `parents=True`: where the run folder is away, so is its disk, and it must not be made anew below
+    final.parent.mkdir(exist_ok=True)
     writing = final.parent / f".writing-{final.name}-{os.getpid()}"
     shutil.rmtree(writing, ignore_errors=True)
     try:
+        writing.mkdir()
         hashes = {}
         for name, values in tensors.items():
             path = writing / name
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             try:
                 save_file({key: value.contiguous() for key, value in values.items()}, path)
             except SafetensorError as error:  # what the library makes of a full disk

@@ -310,7 +310,8 @@ def _describe(error: ValidationError, settings: Any) -> str:
             got = detail.get("input")
             value = f" (got {got!r})" if isinstance(got, (str, int, float, bool, list)) or got is None else ""
             problems.append(f"{where}: {detail['msg'].removeprefix('Value error, ')}{value}")
-    return "; ".join(problems)
+    told = "; ".join(problems)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in told)  # one line
 
 
 def _known_keys(location: Sequence[Any]) -> list[str]:

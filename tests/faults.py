@@ -312,9 +312,14 @@ def spoil_weights(rank: int, *, after_step: int) -> None:
 
 
 def clock_jumps(rank: int, *, seconds: float) -> None:
-    """The wall clock is put forward and back by so much, between any two looks at it."""
-    read, looks = time.time, itertools.count()
-    time.time = lambda: read() + (seconds if next(looks) % 2 else -seconds)
+    """The wall clock is put forward and back, so much further at every look, and so never by the same."""
+    read, looks = time.time, itertools.count(1)
+
+    def jumping() -> float:
+        look = next(looks)
+        return read() + seconds * (look if look % 2 else -look)
+
+    time.time = jumping
 
 
 def work_in(rank: int, *, folders: Sequence[str]) -> None:

@@ -259,6 +259,7 @@ KILLER = """
     while code != 0:
         moment += 1
         run = Path(sys.argv[1], str(moment))
+        run.mkdir()
         write(run, 1)
         if rewrite:
             write(run, 2)

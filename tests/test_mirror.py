@@ -47,6 +47,7 @@ def write(run: Path, step: int, attempt: int = 1, note: str = "") -> Path:
         STUDENT: {"backbone.w": torch.randn(50, 40, generator=generator)},
         OPTIMIZER: {"exp_avg.backbone.w": torch.ones(3) * step},
     }
+    run.mkdir(parents=True, exist_ok=True)
     return write_checkpoint(run, step, tensors, {"step": step, "note": note}, "seed: 1\n", attempt=attempt)
 
 
@@ -187,6 +188,7 @@ def test_files_of_a_replaced_checkpoint_do_not_stay_beside_those_of_the_new(
     address: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
+    run.mkdir()
     weights = {STUDENT: {"w": torch.ones(3)}, OPTIMIZER: {"exp_avg.w": torch.ones(3)}}
     push(write_checkpoint(run, 10, {**weights, TEACHER: {"w": torch.ones(3)}}, {}, ""), address)
     folder = write_checkpoint(run, 10, weights, {}, "")

@@ -1,14 +1,21 @@
 """Nothing in the package runs a shell, runs code from data, or unpacks archives to disk.
 
-`test_layers.py` forbids whole modules; this looks for single calls, under whatever name they were imported.
+`test_layers.py` forbids whole modules; this looks for single calls, under whatever name they were imported,
+and at what timm does with weights that are handed to it.
 """
 
 from __future__ import annotations
 
 import ast
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from pretrain.errors import UserError
+from pretrain.evaluate.encoder import open_encoder
 
 ROOT = Path(__file__).parents[1] / "pretrain"
 
@@ -140,3 +147,30 @@ def test_a_planted_danger_is_found(source: str) -> None:
 )
 def test_what_is_safe_is_let_through(source: str) -> None:
     assert dangers(source) == []
+
+
+class Canary:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("from_folder", [False, True], ids=["cached by timm", "a folder for timm"])
+def test_weights_that_timm_reads_run_no_code(
+    from_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 37 of the fault catalogue: other people's weights are pickles now and then."""
+    canary, path = Canary(tmp_path / "it ran"), tmp_path / "pytorch_model.bin"
+    torch.save({"state_dict": {"cls_token": canary}}, path)
+    described = {"architecture": "test_vit", "pretrained_cfg": {"num_classes": 10}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(path))
+    with pytest.raises((UserError, RuntimeError), match="weights_only"):
+        open_encoder(tmp_path if from_folder else "test_vit.r160_in1k")
+    assert not canary.path.exists()
+    torch.load(path, weights_only=False)
+    assert canary.path.exists(), "it was meant to run where everything is let through"

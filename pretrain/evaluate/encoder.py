@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -240,7 +241,13 @@ def _cached_file(name: str) -> Path:
 
 def _from_timm(create: Callable[[], nn.Module], origin: dict[str, Any], seed: int) -> Encoder:
     """What timm itself says of a model: its tokens and its preprocessing."""
-    model = _fresh(create, seed)
+    try:
+        model = _fresh(create, seed)
+    except (RuntimeError, SafetensorError) as error:  # timm refuses pickles that hold more than tensors
+        said = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"timm cannot make this model ({said}); check its weights, or fetch them again"
+        ) from None
     data = resolve_model_data_config(model)
     side = int(data["input_size"][-1])
     return Encoder(

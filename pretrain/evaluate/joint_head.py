@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain.errors import CheckpointError, UserError
@@ -35,11 +35,14 @@ def head_feature(source: RunWeights) -> FeatureName:
 def read_head(source: RunWeights) -> tuple[Tensor, Tensor]:
     """Weight (K, D) and bias (K,) of the head; the checkpoint was verified when `source` was read."""
     path = source.checkpoint / "weights" / "student.safetensors"
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        if not {WEIGHT, BIAS} <= names:
-            raise CheckpointError(f"{path}: holds no {WEIGHT} and {BIAS}; it is not of a joint training")
-        return file.get_tensor(WEIGHT), file.get_tensor(BIAS)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if not {WEIGHT, BIAS} <= names:
+                raise CheckpointError(f"{path}: holds no {WEIGHT} and {BIAS}; it is not of a joint training")
+            return file.get_tensor(WEIGHT), file.get_tensor(BIAS)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: is no safetensors file ({error}); use another checkpoint") from None
 
 
 def classify(features: Features, weight: Tensor, bias: Tensor, where: Path) -> dict[str, Any]:
