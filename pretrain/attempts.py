@@ -407,7 +407,7 @@ def _beat_path(run_dir: Path, number: int) -> Path:
 def _numbers(run_dir: Path) -> list[int]:
     try:
         names = os.listdir(run_dir / FOLDER)  # noqa: PTH208  (names are all that is wanted)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(int(found[1]) for found in map(_NUMBER.fullmatch, names) if found and int(found[1]) > 0)
 
