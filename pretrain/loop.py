@@ -300,9 +300,8 @@ class Loop:
         """Leave the folder so that a start in the very next moment does the same; says why it could not."""
         assert self.saver is not None
         try:
-            self.saver.forget_after(
-                step
-            )  # first: what is passed over is only right from before the bad steps
+            # first: what is passed over is only right from before the bad steps
+            self.saver.forget_after(step)
             write_rollbacks(
                 self.run_dir,
                 self.oversight.num_rollbacks,
