@@ -195,8 +195,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with one line that names each wrong key, what is expected and the nearest known name.
     """
-    # by way of JSON: strict types, yet lists for tuples and text for paths
-    return validate(json.dumps(_settings(path, overrides)), str(path))
+    try:
+        # by way of JSON: strict types, yet lists for tuples and text for paths
+        return validate(json.dumps(_settings(path, overrides)), str(path))
+    except ConfigError as error:
+        raise ConfigError(_in_one_line(str(error))) from None
 
 
 def readable_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig | None:
@@ -310,8 +313,12 @@ def _describe(error: ValidationError, settings: Any) -> str:
             got = detail.get("input")
             value = f" (got {got!r})" if isinstance(got, (str, int, float, bool, list)) or got is None else ""
             problems.append(f"{where}: {detail['msg'].removeprefix('Value error, ')}{value}")
-    told = "; ".join(problems)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in told)  # one line
+    return "; ".join(problems)
+
+
+def _in_one_line(text: str) -> str:
+    """A key or value may hold line breaks and the like."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _known_keys(location: Sequence[Any]) -> list[str]:

@@ -80,6 +80,7 @@ def test_one_bit_of_one_weight_is_a_difference(tmp_path: Path) -> None:
             name: {"weight": torch.tensor([0.5, last if name == checkpoint.TEACHER else 1.0])}
             for name in (checkpoint.STUDENT, checkpoint.TEACHER, checkpoint.OPTIMIZER)
         }
+        (tmp_path / run).mkdir()
         checkpoint.write_checkpoint(tmp_path / run, 7, tensors, {"step": 7}, "")
     assert differences(tmp_path / "one", tmp_path / "other") == []
     assert differences(tmp_path / "one", tmp_path / "third") == [f"{checkpoint.TEACHER}: weight"]
