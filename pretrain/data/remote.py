@@ -43,6 +43,7 @@ class HttpFile:
 
     def __init__(self, location: Location, timeout_seconds: float) -> None:
         self._location = location
+        self._timeout_seconds = timeout_seconds
         self._files = _http_client(timeout_seconds, os.getpid())
         self.num_bytes = 0
         self.stamp: object = None
@@ -67,7 +68,7 @@ class HttpFile:
                 response.close()
                 raise problem
 
-        with explained(self._location):
+        with explained(self._location, self._timeout_seconds):
             data: bytes = self._files.cat_file(
                 self._location.url, start=begin, end=end, raise_for_status=check
             )
@@ -166,8 +167,11 @@ def list_remote(location: Location, timeout_seconds: float) -> list[str]:
 
 
 @contextmanager
-def explained(location: Location) -> Iterator[None]:
-    """Turn whatever a storage package raises into a StorageError; these packages share no error type."""
+def explained(location: Location, timeout_seconds: float | None = None) -> Iterator[None]:
+    """Turn whatever a storage package raises into a StorageError; these packages share no error type.
+
+    timeout_seconds: after which the package gives up by itself, and says no more than that it has.
+    """
     try:
         yield
     except StorageError:
@@ -175,6 +179,8 @@ def explained(location: Location) -> Iterator[None]:
     except Exception as error:
         names = {kind.__name__ for kind in type(error).__mro__}
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, TimeoutError) and timeout_seconds is not None:
+            reason = f"no answer within {timeout_seconds:g} seconds"
         if names & _REPLACED:
             raise replaced(location, "it is another object now") from error
         missing = isinstance(error, FileNotFoundError)

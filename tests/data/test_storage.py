@@ -18,6 +18,7 @@ import pytest
 from range_server import Fault, RangeServer
 
 from pretrain.data.deadline import DeadlineError, in_time
+from pretrain.data.remote import open_remote
 from pretrain.data.storage import (
     Location,
     StorageConfig,
@@ -503,6 +504,16 @@ def hung_file(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
 
 def num_open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_client_that_gives_up_by_itself_says_after_how_long(tmp_path: Path) -> None:
+    """Its own time-out may come a moment before that of whoever waits for it, and has no text."""
+    (tmp_path / "file").write_bytes(bytes(1000))
+    with RangeServer(tmp_path) as server:
+        file = open_remote(Location(f"{server.url}/file"), 0.5)
+        server.always = Fault(stall_after_bytes=10)
+        with pytest.raises(StorageError, match=r"/file: no answer within 0\.5 seconds"):
+            file.reader(0, 1000)()
 
 
 def test_a_local_file_that_hangs_ends_in_an_error(hung_file: tuple[Path, subprocess.Popen[str]]) -> None:
