@@ -421,9 +421,19 @@ def test_a_rank_0_that_is_not_at_its_address_says_so() -> None:
     assert f"which is no address of {socket.gethostname()}, where rank 0 is" in str(ranks.join()[0])
 
 
-def test_two_processes_with_one_rank_end_everybody() -> None:
+def test_two_processes_with_one_rank_end_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    welcomed = threading.Event()
+    tell = cluster.meeting._tell
+
+    def noted(connection: socket.socket, message: dict[str, Any]) -> None:
+        tell(connection, message)
+        if "welcome" in message:
+            welcomed.set()
+
+    monkeypatch.setattr(cluster.meeting, "_tell", noted)
     ranks = Ranks(4)
     ranks.start(0, 2)
+    assert welcomed.wait(20)  # rank 2 is there before the two that quarrel
     hello = {"rank": 1, "world_size": 4, "host": "here", "process": 1, "run": cluster.meeting._run_token()}
     with say_hello(ranks.port, hello) as first, say_hello(ranks.port, hello | {"host": "there"}) as second:
         told = [everything_from(connection).splitlines()[-1] for connection in (first, second)]
