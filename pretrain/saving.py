@@ -106,9 +106,11 @@ class Saver:
         """Stop, on all ranks, where rank 0 could not write so often; the number is what all agreed on."""
         if failures_in_a_row >= self.config.checkpoint.max_failures:
             why = f": {self._problem}" if self._problem else ""
+            is_of_values = self._problem is not None and self._problem.endswith("is not finite")
+            remedy = "lower optim.base_lr" if is_of_values else "make room or mend the disk"
             raise TrainingError(
-                f"{int(failures_in_a_row)} checkpoints in a row could not be written{why}; make room or mend "
-                "the disk, then continue with --resume auto"
+                f"{int(failures_in_a_row)} checkpoints in a row could not be written{why}; {remedy}, then "
+                "continue with --resume auto"
             )
 
     def finish(self, wait_for_mirror: bool = True) -> None:
