@@ -25,6 +25,7 @@ from pretrain.errors import (
     UserError,
 )
 from pretrain.evaluate import arguments as evaluate_arguments
+from pretrain.export import arguments as export_arguments
 
 EXIT_CODES = (
     "exit codes: 0 done, 2 wrong input (one line says what and the remedy), 75 stopped on request, saved and "
@@ -105,11 +106,10 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=_positive, nargs="+", metavar="N", help="default: 1, 2, 4, ... cores"
     )
 
-    export = commands.add_parser("export", help="write the backbone as a folder that stock timm loads")
-    export.add_argument("run", type=Path, metavar="RUN", help="a run folder or one checkpoint")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR")
-    export.add_argument(
-        "--weights", choices=("teacher", "student"), help="default: teacher if the run has one"
+    export_arguments.add_arguments(
+        commands.add_parser(
+            "export", help="write the backbone as a folder that stock timm loads", epilog=EXIT_CODES
+        )
     )
 
     evaluate = commands.add_parser("evaluate", help="measure what features are worth")
@@ -462,10 +462,7 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from pretrain.export.timm_folder import export_timm
-
-    report = export_timm(arguments.run, arguments.out, arguments.weights)
-    print(report)  # noqa: T201
+    export_arguments.run(arguments, _say)
     return EXIT_DONE
 
 
