@@ -44,7 +44,7 @@ def build_classifier(
         if layout is not None and recipe.pos_embed == "add" and model.pos_embed is None:
             _add_positions(model)
         _add_head(model, layout, recipe, num_classes)
-    _set_drop_path(model, recipe.drop_path_ratio)
+    set_drop_path(model, recipe.drop_path_ratio)
     return replace(
         encoder,
         model=model.requires_grad_(True),
@@ -91,7 +91,7 @@ def _add_head(model: Any, layout: TokenLayout | None, recipe: FinetuneRecipe, nu
     nn.init.zeros_(head.bias)
 
 
-def _set_drop_path(model: nn.Module, ratio: float) -> None:
+def set_drop_path(model: nn.Module, ratio: float) -> None:
     """Stochastic depth that rises linearly over the blocks, from 0 to `ratio`, as timm builds it."""
     names = ("drop_path", "drop_path1", "drop_path2")
     blocks = [module for module in model.modules() if any(hasattr(module, name) for name in names)]

@@ -6,7 +6,7 @@ The only file that knows how timm arranges positional embeddings, prefix tokens 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Annotated, Any, Literal, TypeAlias
@@ -179,20 +179,22 @@ def encode(
     taps: Collection[int] = (),
     recompute: bool = False,
     kept: Tensor | None = None,
+    blocks: Sequence[Callable[[Tensor], Tensor]] | None = None,
 ) -> Tokens:
     """Run timm's own modules in timm's own order, with the patch-level fills of the pretext tasks between.
 
     images: (M, 3, H, W), normalised; of another size than the model's, positions are interpolated (ViT).
     `taps` are zero-based indices into `levels_of`. `recompute` trades time for memory by recomputing each
     block in the backward pass. `kept`, int64 (M, K), are the patches that go on after positions were added;
-    the others are dropped. Without fill, taps and kept the result equals `forward_features(images)`, for a
-    Swin with its map flattened row by row.
+    the others are dropped. `blocks` run in place of a ViT's own. Without fill, taps, kept and blocks the
+    result equals `forward_features(images)`, for a Swin with its map flattened row by row.
     """
     if isinstance(backbone, SwinTransformer):
         assert fill is None or (fill.mask_token is None and fill.no_position is None)
         assert kept is None
+        assert blocks is None
         return _encode_swin(backbone, images, taps, recompute)
-    return _encode_vit(backbone, images, layout, fill, taps, recompute, kept)
+    return _encode_vit(backbone, images, layout, fill, taps, recompute, kept, blocks or backbone.blocks)
 
 
 def _encode_swin(swin: SwinTransformer, images: Tensor, taps: Collection[int], recompute: bool) -> Tokens:
@@ -216,6 +218,7 @@ def _encode_vit(
     taps: Collection[int],
     recompute: bool,
     kept: Tensor | None,
+    blocks: Iterable[Callable[[Tensor], Tensor]],
 ) -> Tokens:
     tokens = vit.patch_embed(images)  # (M, P, D)
     if fill is not None and fill.mask_token is not None:
@@ -237,9 +240,9 @@ def _encode_vit(
         tokens = torch.cat([before, tokens], dim=1)
     tokens = vit.norm_pre(vit.patch_drop(vit.pos_drop(tokens)))
     tapped = {}
-    for number, block in enumerate(vit.blocks):
+    for number, block in enumerate(blocks):
         tokens = (
-            checkpoint(block, tokens, use_reentrant=False) if recompute and block.training else block(tokens)
+            checkpoint(block, tokens, use_reentrant=False) if recompute and vit.training else block(tokens)
         )
         if number in taps:
             patches = layout.patches(tokens).mT  # (M, D, P)
@@ -250,7 +253,7 @@ def _encode_vit(
 def _positions(vit: VisionTransformer, layout: TokenLayout) -> Tensor | None:
     """The positional embedding for a grid, interpolated where it is not the model's own: (1, N, D)"""
     own: Tensor | None = vit.pos_embed
-    if own is None or vit.patch_embed.num_patches == layout.num_patches:
+    if own is None or tuple(vit.patch_embed.grid_size) == layout.grid:
         return own
     num_prefix = 0 if vit.no_embed_class else layout.num_prefix
     resampled: Tensor = resample_abs_pos_embed(
@@ -266,5 +269,4 @@ def _positions(vit: VisionTransformer, layout: TokenLayout) -> Tensor | None:
 
 def accept_any_size(backbone: Backbone) -> None:
     """Let the patch embedding take images of other sizes than the model's own."""
-    if isinstance(backbone, VisionTransformer):
-        backbone.patch_embed.strict_img_size = False
+    backbone.patch_embed.strict_img_size = False

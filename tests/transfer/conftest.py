@@ -1,0 +1,8 @@
+"""Lets these tests write run folders with the writer of tests/export."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
