@@ -1,8 +1,8 @@
-"""Where a fine-tuning stands after an epoch: one folder, complete or absent, every file hashed, no pickles.
+"""Where a fine-tuning stands: one folder, complete or absent, every file hashed, no pickles.
 
-FOLDER/epoch-00003/
-    model.safetensors       the classifier, in timm's names
-    optimizer.safetensors   moments of AdamW by parameter name
+FOLDER/epoch-00003/         or step-00003, by the unit that is counted
+    model.safetensors       the network, in its own names
+    optimizer.safetensors   what the optimizer keeps for each parameter, by name
     state.json              epoch, history, what the run is (`identity`), sha256 of the other files
 """
 
@@ -11,17 +11,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pretrain.errors import CheckpointError, UserError
 from pretrain.export.source import sha256_of
-from pretrain.optim import AdamW
+from pretrain.optim import Optimizer
+
+Unit = Literal["epoch", "step"]
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
@@ -30,7 +32,7 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 class FinetuneState:
     """What a folder holds, read back."""
 
-    epoch: int  # epochs done
+    epoch: int  # epochs, or steps, done
     history: list[dict[str, Any]]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -42,18 +44,19 @@ def write_state(
     history: list[dict[str, Any]],
     identity: Mapping[str, Any],
     model: nn.Module,
-    optimizer: AdamW,
+    optimizer: Optimizer,
+    unit: Unit = "epoch",
 ) -> None:
     """Write, make durable, rename into place; then remove the state before. Called by one process."""
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"epoch-{epoch:05d}"
+    final = folder / f"{unit}-{epoch:05d}"
     writing = folder / f".writing-{final.name}-{os.getpid()}"
     writing.mkdir()
     try:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, writing / MODEL)
         save_file(_moments(model, optimizer), writing / OPTIMIZER)
         state = {
-            "epoch": epoch,
+            unit: epoch,
             "history": history,
             "identity": identity,
             "files": {name: sha256_of(writing / name) for name in (MODEL, OPTIMIZER)},
@@ -66,14 +69,16 @@ def write_state(
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
-    for older in _states(folder):
+    for older in _states(folder, unit):
         if older != final:
             shutil.rmtree(older)
 
 
-def read_state(folder: Path, identity: Mapping[str, Any], resume: bool) -> FinetuneState | None:
+def read_state(
+    folder: Path, identity: Mapping[str, Any], resume: bool, unit: Unit = "epoch"
+) -> FinetuneState | None:
     """The newest state of a folder, None if it has none; an error if it may not be continued."""
-    states = _states(folder)
+    states = _states(folder, unit)
     if not states:
         return None
     if not resume:
@@ -96,30 +101,38 @@ def read_state(folder: Path, identity: Mapping[str, Any], resume: bool) -> Finet
         told = _first_difference(found.get(key), wanted[key], key)
         raise CheckpointError(f"{newest}: of a fine-tuning with other settings ({told}); use another --out")
     return FinetuneState(
-        state["epoch"], state["history"], load_file(newest / MODEL), load_file(newest / OPTIMIZER)
+        state[unit], state["history"], load_file(newest / MODEL), load_file(newest / OPTIMIZER)
     )
 
 
-def restore(state: FinetuneState, model: nn.Module, optimizer: AdamW, num_steps: int) -> None:
+def restore(state: FinetuneState, model: nn.Module, optimizer: Optimizer, num_steps: int) -> None:
     """Put weights and moments where they were. num_steps: optimizer steps taken so far."""
     model.load_state_dict(state.model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in _stepped(model):
         moments = optimizer.state_for(parameter)
-        moments["step"].fill_(num_steps)
+        if "step" in moments:  # of AdamW
+            moments["step"].fill_(num_steps)
         for key in optimizer.state_keys:
             moments[key].copy_(state.optimizer[f"{name}/{key}"])
 
 
-def _moments(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": optimizer.state_for(parameter)[key].contiguous()
-        for name, parameter in model.named_parameters()
+        for name, parameter in _stepped(model)
         for key in optimizer.state_keys
     }
 
 
-def _states(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("epoch-*") if path.is_dir())
+def _stepped(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
+
+
+def _states(folder: Path, unit: Unit) -> list[Path]:
+    return sorted(
+        (path for path in folder.glob(f"{unit}-*") if path.is_dir()),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+    )
 
 
 def _first_difference(found: Any, wanted: Any, where: str) -> str:
