@@ -76,6 +76,7 @@ def label_on_rank(place: cluster.Cluster, shards: Path, stage: int, folder: Path
         torch.save({**weights, "fresh": task.fresh_classifier(1)["head.weight"]}, folder / f"stage{stage}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_cluster_the_same_at_every_stage_and_the_new_classifier_is_taken_over(
     shards: Path, tmp_path: Path

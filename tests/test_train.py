@@ -115,6 +115,7 @@ def test_a_run_learns_and_its_weights_open_in_timm(config: Path, tmp_path: Path)
     assert (tmp_path / "exported" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_killed_run_continues_to_the_same_bits_and_on_fewer_ranks_with_the_same_samples(
     config: Path, tmp_path: Path
@@ -153,6 +154,7 @@ def test_five_kills_at_random_moments_change_nothing(config: Path, tmp_path: Pat
     assert_same_tensors(last_checkpoint(broken), last_checkpoint(whole))
 
 
+@pytest.mark.slow
 def test_every_zero_stage_continues_from_a_checkpoint_of_another_engine(config: Path, tmp_path: Path) -> None:
     """The local engine writes at step 8; stages 1 and 3 take the last two steps as it does."""
     whole = tmp_path / "whole"

@@ -54,7 +54,7 @@ def assert_flat(usages: list[Usage], slack_mib: float) -> None:
     assert max(usage.num_threads for usage in rest) <= first.num_threads + 8  # of reads, kept for the next
 
 
-@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("suffix", [".tar", pytest.param(".tar.gz", marks=pytest.mark.slow)])
 def test_sixty_short_epochs_cost_no_more_than_two(tmp_path: Path, suffix: str) -> None:
     make_shards(tmp_path, [40, 24], suffix)
     config = DataConfig(shards=str(tmp_path), lanes=4, shuffle_block=4)
