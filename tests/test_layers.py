@@ -19,6 +19,7 @@ LAYERS = {
         "optim",
         "errors",
         "peers",
+        "settings",
         "views",
         "models",
         "tasks",

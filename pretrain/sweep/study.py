@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pretrain.config import _model_in, _parse_yaml, _plain
 from pretrain.errors import ConfigError, nearest
 from pretrain.optim import Positive
+from pretrain.settings import model_in, parse_yaml, plain
 
 Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 Override = Annotated[str, Field(pattern=r"^[^=\s][^=]*=")]
@@ -164,12 +164,12 @@ def load_study(path: Path) -> Study:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not a text file") from None
-    settings = _parse_yaml(text, str(path))
+    settings = parse_yaml(text, str(path))
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected a mapping, such as `base: run.yaml`")
     try:
         # by way of JSON, like a run's config: strict types, yet lists for tuples
-        return Study.model_validate_json(json.dumps(_plain(settings)), strict=True)
+        return Study.model_validate_json(json.dumps(plain(settings)), strict=True)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except ValidationError as error:
@@ -202,5 +202,5 @@ def _keys_at(location: Sequence[str | int]) -> list[str]:
     model: Any = Study
     for part in location:
         if isinstance(part, str) and part in model.model_fields:
-            model = _model_in(model.model_fields[part].annotation)
+            model = model_in(model.model_fields[part].annotation)
     return list(model.model_fields)
