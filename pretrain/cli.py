@@ -8,7 +8,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -112,44 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
 
-    evaluate = commands.add_parser("evaluate", help="measure what features are worth")
-    kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for kind, text in (
-        ("knn", "weighted k-nearest neighbours"),
-        ("linear", "linear probe with swept learning rates"),
-        ("summary", "pretext tasks, k-NN and linear of a run beside untrained weights and raw pixels"),
-    ):
-        command = kinds.add_parser(kind, help=text)
-        command.add_argument(
-            "weights",
-            metavar="RUN" if kind == "summary" else "WEIGHTS",
-            help="an exported folder, a run, a timm name",
-        )
-        command.add_argument("--train", required=True, metavar="SHARDS", help="DIR or DIR:split")
-        command.add_argument("--test", required=True, metavar="SHARDS", help="DIR or DIR:split")
-        command.add_argument("--out", type=Path, metavar="DIR", help="where to write the result as JSON")
-        command.add_argument(
-            "--feature",
-            choices=("class", "mean_patch", "tokens"),
-            help="default: class token if there is one; tokens: it and the task tokens, one after the other",
-        )
-        command.add_argument("--batch-size", type=_positive, default=128, metavar="N")
-        if kind != "summary":
-            evaluate_arguments.add_colour_arguments(command)
-    evaluate_arguments.add_finetune_arguments(
-        kinds.add_parser("finetune", help="train backbone and head with a recipe", epilog=EXIT_CODES)
+    evaluate_arguments.add_arguments(
+        commands.add_parser("evaluate", help="measure what features are worth", epilog=EXIT_CODES)
     )
-    evaluate_arguments.add_head_arguments(
-        kinds.add_parser("head", help="the classification head of a joint training", epilog=EXIT_CODES)
-    )
-    pretext = kinds.add_parser(
-        "pretext", help="how well a run solves its pretext tasks on other images", epilog=EXIT_CODES
-    )
-    pretext.add_argument("weights", metavar="RUN", type=Path, help="a run folder or one checkpoint")
-    pretext.add_argument("--test", required=True, metavar="SHARDS", help="DIR or DIR:split")
-    pretext.add_argument("--out", type=Path, metavar="DIR", help="where to write all values as JSON")
-    pretext.add_argument("--batch-size", type=_positive, default=100, metavar="N")
-    pretext.add_argument("--device", choices=("cpu", "cuda"), help="default: what there is")
     return parser
 
 
@@ -467,50 +431,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from pretrain.evaluate.report import EvaluateConfig, run_knn, run_linear, table
-    from pretrain.evaluate.summary import format_summary, run_summary
-
-    if arguments.kind in ("finetune", "head"):
-        return _evaluate_head(arguments)
-    if arguments.kind == "pretext":
+    if arguments.kind == "pretext":  # needs the heads of the run, so the wiring
         return _evaluate_pretext(arguments)
-    config = EvaluateConfig(
-        feature=arguments.feature,
-        batch_size=arguments.batch_size,
-        save=True,
-        out=arguments.out,
-        **({} if arguments.kind == "summary" else evaluate_arguments.colours_from(arguments)),
-    )
-    if arguments.kind == "summary":
-        run = Path(arguments.weights)
-        print(format_summary(run_summary(run, arguments.train, arguments.test, config)))  # noqa: T201
-        print(_next_steps(run, arguments.out or run))  # noqa: T201
-        return EXIT_DONE
-    if not Path(arguments.weights).is_dir() and arguments.out is None:
-        config = replace(config, save=False)  # a timm name has no folder to keep results in
-    if arguments.kind == "knn":
-        result = run_knn(arguments.weights, arguments.train, arguments.test, config)
-    else:
-        result = run_linear(arguments.weights, arguments.train, arguments.test, config)
-    print(table([result]))  # noqa: T201
-    return EXIT_DONE
-
-
-def _evaluate_head(arguments: argparse.Namespace) -> int:
-    """`finetune` and `head`: what a classification head learns, or has learned."""
-    from pretrain.evaluate.finetune_report import run_finetune, run_head
-    from pretrain.evaluate.report import EvaluateConfig, table
-
-    save = Path(arguments.weights).is_dir() or arguments.out is not None
-    config = EvaluateConfig(device=arguments.device, save=save, out=arguments.out)
-    if arguments.kind == "head":
-        config = replace(config, batch_size=arguments.batch_size)
-        result = run_head(arguments.weights, arguments.test, config)
-    else:
-        config = replace(config, network=arguments.network, **evaluate_arguments.colours_from(arguments))
-        request = evaluate_arguments.finetune_from(arguments)
-        result = run_finetune(arguments.weights, arguments.train, arguments.test, request, config)
-    _say(table([result]))
+    evaluate_arguments.run(arguments, _say)
     return EXIT_DONE
 
 
@@ -523,22 +446,6 @@ def _evaluate_pretext(arguments: argparse.Namespace) -> int:
     result.save(arguments.out or (run.parent.parent if is_checkpoint else run))
     _say(str(result))
     return EXIT_DONE
-
-
-def _next_steps(run: Path, results: Path) -> str:
-    exported = run / "exported"
-    lines = [
-        f"results     {results / 'eval' / 'summary.json'}",
-        f"run         {run} (metrics.jsonl, checkpoints/)",
-    ]
-    if exported.is_dir():
-        lines += [
-            f"weights     {exported}",
-            f"load them   timm.create_model('local-dir:{exported}', pretrained=True)",
-        ]
-    else:
-        lines.append(f"export      pretrain export {run} --out {exported}")
-    return "\n" + "\n".join(lines)
 
 
 _SHARDS = {"build": _build, "index": _index, "verify": _verify, "bench": _bench}

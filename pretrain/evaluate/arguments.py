@@ -1,98 +1,197 @@
-"""The command lines of `pretrain evaluate finetune` and `head`, and the normalisation that others take."""
+"""The command line of `pretrain evaluate`."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from pretrain.evaluate.finetune_report import FinetuneRequest
+# as in feature.py, protocols.py and recipes.py, which import too much for a parser
+FEATURES = (
+    "class",
+    "mean_patch",
+    "tokens",
+    "class_last4",
+    "mean_patch_last4",
+    "class_mean_patch",
+    "class_rotation",
+    "pooled",
+)
+PROTOCOLS = ("generic", "dino_small", "dino", "moco_v3", "moby", "mae", "ijepa", "sit", "relvit")
+RECIPES = ("deit", "sit", "mae", "relvit")
+POOLS = ("class", "mean_patch", "class_rotation")
+
+WEIGHTS = "an exported folder, a run, a timm name; untrained:NAME draws fresh ones"
+SHARDS = "DIR or DIR:split"
 
 
-def add_colour_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+
+    def add(kind: str, text: str) -> argparse.ArgumentParser:
+        return kinds.add_parser(kind, help=text, epilog=parser.epilog)
+
+    _add_knn(add("knn", "weighted k-nearest neighbours"))
+    _add_linear(add("linear", "linear probe with swept learning rates, as the method's authors do it"))
+    _add_finetune(add("finetune", "train backbone and head with a recipe"))
+    _add_summary(
+        add("summary", "pretext tasks, k-NN and linear of a run beside untrained weights and raw pixels")
+    )
+    _add_head(add("head", "the classification head of a joint training"))
+    _add_pretext(add("pretext", "how well a run solves its pretext tasks on other images"))
+
+
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
+    from pretrain.evaluate import commands
+
+    commands.run(arguments, say)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def _add_sets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("weights", metavar="WEIGHTS", help=WEIGHTS)
+    parser.add_argument("--train", required=True, metavar="SHARDS", help=SHARDS)
+    parser.add_argument("--test", required=True, metavar="SHARDS", help=SHARDS)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="of results (default: the weights' folder, if they have one)"
+    )
+    parser.add_argument("--device", choices=("cpu",), help="default: what the machine has")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """Of frozen features."""
+    parser.add_argument(
+        "--feature",
+        choices=FEATURES,
+        help="what an image becomes; default: what the protocol says. tokens: class and task tokens",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        metavar="METHOD",
+        help=f"default: that of the run's tasks; {', '.join(PROTOCOLS)}",
+    )
+    parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="to encode")
+
+
+def _add_colours(parser: argparse.ArgumentParser) -> None:
     """How pixels are normalised: by default as the weights say."""
+    parser.add_argument(
+        "--network", choices=("teacher", "student"), help="of a run (default: teacher if any)"
+    )
     parser.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0..1")
     parser.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of pixels in 0..1")
     parser.add_argument(
         "--normalization-of-data",
         action="store_true",
-        help="take both from the train set (default: the weights' own)",
+        help="take both from the train set (default: the weights' own), as domain transfer does",
     )
 
 
-def add_finetune_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", metavar="WEIGHTS", help="an exported folder, a run, a timm name")
+def _add_knn(parser: argparse.ArgumentParser) -> None:
+    _add_sets(parser)
+    _add_reading(parser)
+    _add_colours(parser)
+    parser.add_argument(
+        "--k", type=positive, nargs="+", metavar="K", help="neighbours (default: 10 20 100 200)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.07, metavar="T", help="of the votes")
+
+
+def _add_linear(parser: argparse.ArgumentParser) -> None:
+    _add_sets(parser)
+    _add_reading(parser)
+    _add_colours(parser)
+    parser.add_argument("--epochs", type=positive, metavar="N", help="default: the protocol's")
+    parser.add_argument(
+        "--base-lr",
+        type=float,
+        metavar="X",
+        help="of the sweep, per 256 images of a batch (default: its own)",
+    )
+    parser.add_argument(
+        "--inputs",
+        choices=("raw", "standardised"),
+        nargs="+",
+        help="without and with a BatchNorm before the head (default: the protocol's)",
+    )
+    parser.add_argument(
+        "--augment", action="store_true", help="encode other crops in every epoch (default: features once)"
+    )
+    _add_workers(parser)
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="S", help="one probe each; mean and interval"
+    )
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that augment (default: the cores)"
+    )
+
+
+def _add_summary(parser: argparse.ArgumentParser) -> None:
+    _add_sets(parser)
+    _add_reading(parser)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe"
     )
-    parser.add_argument("--train", required=True, metavar="SHARDS", help="DIR or DIR:split")
-    parser.add_argument("--test", required=True, metavar="SHARDS", help="DIR or DIR:split")
-    parser.add_argument("--recipe", required=True, choices=("deit", "mae", "relvit"))
+    parser.add_argument("--recipe", choices=RECIPES, help="default: that of the run's tasks")
     parser.add_argument("--epochs", type=int, metavar="N", help="num_epochs of the recipe")
     parser.add_argument("--batch-size", type=int, metavar="N", help="over all processes")
     parser.add_argument("--lr", type=float, metavar="X", help="base_lr of the recipe")
-    parser.add_argument("--pool", choices=("class", "mean_patch"), help="what the head reads")
+    parser.add_argument("--pool", choices=POOLS, help="what the head reads")
     parser.add_argument("--pos-embed", choices=("keep", "add"), help="add: a fresh one where there is none")
     parser.add_argument(
         "--img-px", type=int, metavar="N", help="positions are resampled (default: the weights')"
     )
     parser.add_argument(
+        "--linear-epochs", type=positive, metavar="N", help="of the probe with all labels (default: its own)"
+    )
+    _add_workers(parser)
+    _add_colours(parser)
+
+
+def _add_finetune(parser: argparse.ArgumentParser) -> None:
+    _add_sets(parser)
+    _add_recipe(parser)
+    parser.add_argument(
         "--fraction", type=float, default=1.0, metavar="F", help="of the labels of each class"
     )
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0, metavar="S")
-    seeds.add_argument("--seeds", type=int, nargs="+", metavar="S", help="one run each; mean and deviation")
+    seeds.add_argument("--seeds", type=int, nargs="+", metavar="S", help="one run each; mean and interval")
     parser.add_argument("--scratch", action="store_true", help="the control: fresh weights, same recipe")
     parser.add_argument(
         "--then-linear", action="store_true", help="then a linear probe with all labels of the train set"
     )
-    parser.add_argument("--network", choices=("teacher", "student"), help="of a run")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="of state and results (default: the weights')"
+        "--test-every", type=int, default=1, metavar="N", help="epochs (0: only after the last)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch")
-    parser.add_argument("--device", choices=("cpu",), help="default: what the machine has")
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that augment (default: the cores)"
-    )
-    add_colour_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on after the last state that was kept")
 
 
-def add_head_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_head(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", metavar="RUN", help="a run or checkpoint of a joint training")
-    parser.add_argument("--test", required=True, metavar="SHARDS", help="DIR or DIR:split")
+    parser.add_argument("--test", required=True, metavar="SHARDS", help=SHARDS)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write the result as JSON")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N")
     parser.add_argument("--device", choices=("cpu",), help="default: what the machine has")
 
 
-def colours_from(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Fields of EvaluateConfig."""
-    mean, std = (tuple(value) if value else None for value in (arguments.mean, arguments.std))
-    return {"mean": mean, "std": std, "normalization_of_data": arguments.normalization_of_data}
-
-
-def finetune_from(arguments: argparse.Namespace) -> FinetuneRequest:
-    from pretrain.evaluate.finetune_report import FinetuneRequest
-    from pretrain.evaluate.recipes import recipe_with
-
-    flags = {
-        "num_epochs": arguments.epochs,
-        "batch_size": arguments.batch_size,
-        "base_lr": arguments.lr,
-        "pool": arguments.pool,
-        "pos_embed": arguments.pos_embed,
-    }
-    given = [f"{name}={value}" for name, value in flags.items() if value is not None]
-    return FinetuneRequest(
-        recipe_name=arguments.recipe,
-        recipe=recipe_with(arguments.recipe, [*given, *arguments.overrides]),
-        seeds=tuple(arguments.seeds or (arguments.seed,)),
-        fraction_ratio=arguments.fraction,
-        is_scratch=arguments.scratch,
-        then_linear=arguments.then_linear,
-        image_px=arguments.img_px,
-        resume=arguments.resume,
-        num_workers=arguments.workers,
-    )
+def _add_pretext(parser: argparse.ArgumentParser) -> None:
+    """Run by the command line itself: it needs the heads of a run and the views of its config."""
+    parser.add_argument("weights", metavar="RUN", type=Path, help="a run folder or one checkpoint")
+    parser.add_argument("--test", required=True, metavar="SHARDS", help=SHARDS)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write all values as JSON")
+    parser.add_argument("--batch-size", type=positive, default=100, metavar="N")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: what there is")

@@ -25,21 +25,27 @@ from torchvision.transforms import RandomCrop
 
 from pretrain import randomness
 from pretrain.evaluate.encoder import Encoder
-from pretrain.evaluate.image_set import ImageSet
+from pretrain.evaluate.image_set import ImageSet, prepare_images
 from pretrain.evaluate.recipes import FinetuneRecipe
-from pretrain.evaluate.shards import decode_and_crop, decode_whole
+from pretrain.evaluate.shards import decode_whole
 
 ORDER_STREAM, CROP_STREAM, CHAIN_STREAM, STEP_STREAM = range(4)  # of the counter-based generator
 
 
-@contextlib.contextmanager
-def seeded(seed: int, epoch: int, number: int, stream: int) -> Iterator[None]:
+def seeded(seed: int, epoch: int, number: int, stream: int) -> contextlib.AbstractContextManager[None]:
     """Seed Python's, NumPy's and torch's generators, which timm draws from; the CPU's come back as before."""
-    key = int(randomness.bits(seed, epoch, number, stream, 1))
+    return keyed(int(randomness.bits(seed, epoch, number, stream, 1)))
+
+
+@contextlib.contextmanager
+def keyed(key: int) -> Iterator[None]:
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
-    torch.manual_seed(key)
+    # what torch.manual_seed does, without the look at the stack that takes it longer than all the rest
+    torch.default_generator.manual_seed(key)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed(key)
     try:
         yield
     finally:
@@ -87,10 +93,12 @@ class ChainedImages(torch.utils.data.Dataset[Tensor]):
 
     def __init__(self, images: ImageSet, encoder: Encoder, recipe: FinetuneRecipe, seed: int) -> None:
         self.images = images
-        self.crop = encoder.crop
         self.repeats = recipe.repeats
         self.seed = seed
         self.is_padded = recipe.crops_padded(encoder.crop.size_px)
+        # small images are decoded once, and not copied for the workers, which are forks of this process
+        self.prepared = prepare_images(images, encoder.crop, torch.device("cpu")) if self.is_padded else None
+        self._keys: tuple[int, Tensor] | None = None
         size_px = encoder.crop.size_px
         chain = transforms_imagenet_train(
             size_px,
@@ -113,13 +121,20 @@ class ChainedImages(torch.utils.data.Dataset[Tensor]):
     def __getitem__(self, place: tuple[int, int]) -> Tensor:
         """uint8 (3, S, S)"""
         epoch, view = place
-        sample = self.images.sample(view // self.repeats)
-        if self.is_padded:
-            pixels = decode_and_crop(sample, self.crop).permute(1, 2, 0).numpy()
+        if self.prepared is not None:
+            image = self.prepared.take(torch.tensor([view // self.repeats]), torch.device("cpu"))[0]
+            pixels = image.permute(1, 2, 0).numpy()
         else:
-            pixels = decode_whole(sample)
-        with seeded(self.seed, epoch, view, CHAIN_STREAM):
+            pixels = decode_whole(self.images.sample(view // self.repeats))
+        with keyed(int(self._keys_of(epoch)[view])):
             return torch.from_numpy(np.asarray(self.chain(Image.fromarray(pixels))))
+
+    def _keys_of(self, epoch: int) -> Tensor:
+        """The seed of every view of an epoch: one draw of all takes little longer than one of one."""
+        if self._keys is None or self._keys[0] != epoch:
+            views = torch.arange(len(self.images) * self.repeats)
+            self._keys = epoch, randomness.bits(self.seed, epoch, views, CHAIN_STREAM, 1)[:, 0]
+        return self._keys[1]
 
 
 def posterize(image: Image.Image, num_bits: int, **_: Any) -> Image.Image:

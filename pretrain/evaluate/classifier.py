@@ -12,10 +12,11 @@ import torch
 from timm.layers import DropPath
 from timm.models import group_parameters
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.errors import UserError
 from pretrain.evaluate.encoder import CentreCrop, Encoder
+from pretrain.evaluate.feature import problem_of
 from pretrain.evaluate.recipes import FinetuneRecipe
 from pretrain.export.timm_folder import crop_ratio
 from pretrain.tokens import TokenLayout
@@ -45,13 +46,8 @@ def build_classifier(
             _add_positions(model)
         _add_head(model, layout, recipe, num_classes)
     set_drop_path(model, recipe.drop_path_ratio)
-    return replace(
-        encoder,
-        model=model.requires_grad_(True),
-        feature="pooled" if layout is None else recipe.pool,
-        crop=crop,
-        layout=layout,
-    )
+    trained = replace(encoder, model=model.requires_grad_(True), crop=crop, layout=layout)
+    return trained.reading("pooled" if layout is None else recipe.pool)
 
 
 def _resize(model: Any, image_px: int) -> None:
@@ -75,20 +71,40 @@ def _add_positions(model: VisionTransformer) -> None:
     model.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
 
 
+class TokenHeads(nn.Module):
+    """A linear head for the class token and one for the token of the rotation task, as in SiT."""
+
+    def __init__(self, layout: TokenLayout, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.of_class = nn.Linear(width, num_classes)
+        self.of_rotation = nn.Linear(width, num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> logits (B, 2, K)"""
+        read = self.layout.class_token(tokens), self.layout.task_token(tokens, "rotation")
+        return torch.stack([self.of_class(read[0]), self.of_rotation(read[1])], dim=1)
+
+
 def _add_head(model: Any, layout: TokenLayout | None, recipe: FinetuneRecipe, num_classes: int) -> None:
+    problem = layout and problem_of(recipe.pool, layout, len(model.blocks))
+    if problem:
+        raise UserError(f"--pool {recipe.pool}: {problem}")
     if layout is None:
         model.reset_classifier(num_classes)
     elif recipe.pool == "class":
-        if not layout.has_class_token:
-            raise UserError("--pool class: this model has no class token; use --pool mean_patch")
         model.reset_classifier(num_classes, global_pool="token")
+    elif recipe.pool == "class_rotation":
+        model.reset_classifier(num_classes, global_pool="")  # all tokens go to the head
+        model.head = TokenHeads(layout, model.embed_dim, num_classes)
     else:
         model.reset_classifier(num_classes, global_pool="avg")
         if recipe.norm_after_pool and isinstance(model.fc_norm, nn.Identity):
             model.fc_norm, model.norm = nn.LayerNorm(model.embed_dim, eps=1e-6), nn.Identity()
-    head = model.get_classifier()
-    nn.init.trunc_normal_(head.weight, std=recipe.head_std)
-    nn.init.zeros_(head.bias)
+    for head in model.get_classifier().modules():
+        if isinstance(head, nn.Linear):
+            nn.init.trunc_normal_(head.weight, std=recipe.head_std)
+            nn.init.zeros_(head.bias)
 
 
 def set_drop_path(model: nn.Module, ratio: float) -> None:

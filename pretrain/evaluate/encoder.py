@@ -9,12 +9,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
@@ -22,15 +23,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pretrain.errors import CheckpointError, UserError, nearest
+from pretrain.evaluate.feature import FeatureName, check_feature, read_feature, usual, width_of
 from pretrain.export.parity import rebuild
 from pretrain.export.source import WeightsName, is_run, read_weights, sha256_of
 from pretrain.export.timm_folder import crop_ratio
 from pretrain.models.backbone import create_backbone
 from pretrain.models.t2t import register_t2t
 from pretrain.tokens import TokenLayout
-
-FeatureName = Literal["class", "mean_patch", "tokens", "pooled", "pixels"]
-FEATURES: tuple[FeatureName, ...] = ("class", "mean_patch", "tokens", "pooled")
 
 PIXELS = "pixels"  # the weights' name for no network at all
 PIXELS_PX = 16
@@ -76,12 +75,28 @@ class Encoder:
     crop: CentreCrop
     mean: tuple[float, ...]  # of pixels in [0, 1]
     std: tuple[float, ...]
-    num_features: int
+    token_width: int  # of the features that are not put together of several
     origin: dict[str, Any]  # where the weights come from, for the results
     layout: TokenLayout | None = None  # None: not a Vision Transformer of timm
+    tasks: tuple[str, ...] = ()  # that the weights were pretrained with; () if nobody wrote that down
+
+    @property
+    def num_features(self) -> int:
+        return width_of(self.feature, self.layout, self.token_width)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(getattr(self.model, "blocks", ()))
 
     def to(self, device: torch.device | str) -> Encoder:
         return replace(self, model=self.model.to(device))
+
+    def reading(self, feature: FeatureName) -> Encoder:
+        """The same network, read out in another way; UserError if it cannot be."""
+        if feature == self.feature:
+            return self
+        check_feature(feature, self.layout, self.num_blocks)
+        return replace(self, feature=feature)
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
@@ -90,23 +105,14 @@ class Encoder:
         pixels = (images.float() / 255 - mean) / std
         if self.feature == PIXELS:
             return pixels.flatten(1)
-        tokens = self.model.forward_features(pixels)  # type: ignore[operator]
-        if self.feature == "class" and self.layout is not None:
-            features = self.layout.class_token(tokens)
-        elif self.feature == "tokens" and self.layout is not None:
-            features = self.layout.prefix(tokens).flatten(1)
-        elif self.feature == "mean_patch" and self.layout is not None:
-            features = self.model.fc_norm(self.layout.patches(tokens).mean(dim=1))  # type: ignore[operator]
-        else:
-            features = self.model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
-        result: Tensor = features.float()
-        return result
+        return read_feature(self.model, self.feature, self.layout, pixels).float()
 
     def describe(self) -> dict[str, Any]:
         return {
             "weights": self.weights,
             "feature": self.feature,
             "num_features": self.num_features,
+            "tasks": list(self.tasks),
             "image_px": self.crop.size_px,
             "resize_px": self.crop.resize_px,
             "interpolation": self.crop.interpolation,
@@ -125,9 +131,8 @@ def open_encoder(
     """Open what `weights` names: an exported folder, a run, a checkpoint, a timm model, or `pixels`.
 
     `untrained:` before a name keeps its architecture and draws fresh weights from `seed`.
-    feature: what one image becomes (`tokens`: class and task tokens, one after the other); None takes the
-    class token where there is one, else the mean of the patch tokens, else timm's own pooling. network:
-    teacher or student of a run.
+    feature: what one image becomes; None takes the class token where there is one, else the mean of the patch
+    tokens, else timm's own pooling. network: teacher or student of a run.
     """
     register_t2t()
     name = str(weights)
@@ -151,29 +156,13 @@ def open_encoder(
         hint = f"; {known}" if known.startswith("did") else ""
         raise UserError(f"'{target}': no such folder, and timm has no model of this name{hint}")
     encoder.model.eval().requires_grad_(False)
-    chosen = _choose_feature(encoder, feature)
-    num_tokens = encoder.layout.num_prefix if chosen == "tokens" and encoder.layout is not None else 1
-    num_features = num_tokens * encoder.num_features
-    return replace(encoder, weights=name, feature=chosen, num_features=num_features)
-
-
-def _choose_feature(encoder: Encoder, asked: FeatureName | None) -> FeatureName:
-    layout = encoder.layout
-    if asked is None:
-        return "pooled" if layout is None else "class" if layout.has_class_token else "mean_patch"
-    if asked not in FEATURES:
-        raise UserError(f"feature '{asked}': {nearest(asked, FEATURES)}")
-    if asked != "pooled" and layout is None:
-        raise UserError(f"feature '{asked}': this model has no tokens of that kind; use 'pooled'")
-    if asked == "tokens" and layout is not None and not layout.num_prefix:
-        raise UserError("feature 'tokens': this model has neither class nor task tokens; use 'mean_patch'")
-    if asked == "class" and layout is not None and not layout.has_class_token:
-        raise UserError("feature 'class': this model has no class token; use 'mean_patch'")
-    return asked
+    encoder = replace(encoder, weights=name)
+    return encoder.reading(feature or usual(encoder.layout))
 
 
 def _open_export(folder: Path, trained: bool, seed: int) -> Encoder:
     origin: dict[str, Any] = {"kind": "export" if trained else "untrained"}
+    notes = json.loads((folder / "config.json").read_text()).get("pretrain") or {}  # of our own exports
     report = folder / "export_report.json"
     if trained and report.is_file():  # other people's timm folders have none
         record = json.loads(report.read_text())
@@ -182,7 +171,12 @@ def _open_export(folder: Path, trained: bool, seed: int) -> Encoder:
                 f"{folder / 'model.safetensors'}: not the file that was exported; export again"
             )
         origin |= {"step": record["source_step"], "sha256": record["model_sha256"]}
-    return _from_timm(lambda: timm.create_model(f"local-dir:{folder}", pretrained=trained), origin, seed)
+        origin["pretrained_on"] = notes.get("data") or data_of(Path(record["source_checkpoint"]))
+    encoder = _from_timm(lambda: timm.create_model(f"local-dir:{folder}", pretrained=trained), origin, seed)
+    layout = encoder.layout and replace(
+        encoder.layout, registers=tuple(notes.get("registers") or encoder.layout.registers)
+    )
+    return replace(encoder, tasks=tuple(notes.get("tasks") or ()), layout=layout)
 
 
 def _open_run(folder: Path, network: WeightsName | None, trained: bool, seed: int) -> Encoder:
@@ -191,7 +185,13 @@ def _open_run(folder: Path, network: WeightsName | None, trained: bool, seed: in
     model = (
         rebuild(source) if trained else _fresh(lambda: create_backbone(source.backbone, num_registers), seed)
     )
-    origin = {"kind": "checkpoint", "network": source.weights, "step": source.step, "sha256": source.sha256}
+    origin = {
+        "kind": "checkpoint",
+        "network": source.weights,
+        "step": source.step,
+        "sha256": source.sha256,
+        "pretrained_on": data_of(source.checkpoint),
+    }
     side = source.backbone.img_px
     return Encoder(
         weights=str(folder),
@@ -200,10 +200,25 @@ def _open_run(folder: Path, network: WeightsName | None, trained: bool, seed: in
         crop=CentreCrop(side, int(side / crop_ratio(side)), source.interpolation),
         mean=source.mean,
         std=source.std,
-        num_features=source.embed_dim,
+        token_width=source.embed_dim,
         origin=origin if trained else {"kind": "untrained"},
-        layout=_layout(model),
+        layout=_layout(model, source.registers),
+        tasks=source.tasks,
     )
+
+
+def data_of(checkpoint: Path) -> dict[str, Any] | None:
+    """The shards that a run was trained on, and the hashes of their indexes; None where that is not known."""
+    try:
+        settings = yaml.safe_load((checkpoint / "config.yaml").read_text())["data"]
+        identity = json.loads((checkpoint / "state.json").read_text()).get("identity") or {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return None
+    shards = settings.get("shards") or [source.get("shards") for source in settings.get("sources") or ()]
+    return {
+        "shards": [shards] if isinstance(shards, str) else list(shards),
+        "manifest_hashes": list(identity.get("manifest_hash") or ()),
+    }
 
 
 def _open_timm(name: str, trained: bool, seed: int) -> Encoder:
@@ -257,7 +272,7 @@ def _from_timm(create: Callable[[], nn.Module], origin: dict[str, Any], seed: in
         crop=CentreCrop(side, int(side / data["crop_pct"]), data["interpolation"]),
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
-        num_features=int(model.num_features),  # type: ignore[arg-type]
+        token_width=int(model.num_features),  # type: ignore[arg-type]
         origin=origin,
         layout=_layout(model),
     )
@@ -270,11 +285,11 @@ def _fresh(create: Callable[[], nn.Module], seed: int) -> nn.Module:
         return create()
 
 
-def _layout(model: nn.Module) -> TokenLayout | None:
+def _layout(model: nn.Module, registers: tuple[str, ...] = ()) -> TokenLayout | None:
+    """registers: the tasks that own the register tokens, where that is known."""
     if not isinstance(model, VisionTransformer):
         return None
     rows, columns = model.patch_embed.grid_size
     num_registers = model.num_prefix_tokens - int(model.has_class_token)
-    return TokenLayout(
-        (rows, columns), tuple(f"register {i}" for i in range(num_registers)), model.has_class_token
-    )
+    named = registers or tuple(f"register {place}" for place in range(num_registers))
+    return TokenLayout((rows, columns), named, model.has_class_token)

@@ -1,4 +1,4 @@
-"""Frozen features of a stream of labelled images: prepare, encode, gather, in the order of the stream."""
+"""Frozen features of labelled images: prepare, encode, gather, in the order in which they are stored."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LOG_EVERY_SECONDS = 10.0
+CHECK_AT_ONCE = 65_536  # rows that are looked at for NaN and Inf
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ Image = TypeVar("Image")
 class Features:
     """One vector and one class per image, on the host."""
 
-    features: Tensor  # (N, D) float32, finite
+    features: Tensor  # (N, D) float32 or float16, finite
     labels: Tensor  # (N,) int64
 
     def __post_init__(self) -> None:
@@ -39,7 +40,8 @@ class Features:
             raise ValueError(f"features {tuple(self.features.shape)}, labels {tuple(self.labels.shape)}")
         if not len(self.labels):
             raise DataError("there are no images to take features of")
-        if not torch.isfinite(self.features).all():
+        # in parts: the comparison of a whole bank would take its memory several times over
+        if not all(torch.isfinite(part).all() for part in torch.split(self.features, CHECK_AT_ONCE)):
             raise UserError(
                 "the network gives features that are NaN or Inf; its weights or its input are broken"
             )
@@ -50,21 +52,25 @@ def extract(
     images: Iterable[tuple[Image, int]],
     prepare: Callable[[Image], Tensor],
     batch_size: int = 256,
+    *,
+    num_images: int,
+    keep: Callable[[Tensor], Tensor] | None = None,
     device: str | torch.device = "cpu",
     accelerator: Accelerator | None = None,
     num_threads: int | None = None,
 ) -> Features:
     """Encode every image once; each process takes every world-size-th image, and all get all features.
 
-    images: the same stream (image, label) in every process. prepare: image -> uint8 (3, size, size), run in
-    threads, for this process's images only. batch_size: images per process. The stream is cut into rounds of
-    one batch per process; where the last round does not fill every process, black images stand in, and their
-    features are dropped after the gathering.
+    images: the same stream (image, label) in every process, `num_images` long. prepare: image -> uint8
+    (3, size, size), run in threads, for this process's images only. batch_size: images per process. The
+    stream is cut into rounds of one batch per process; where the last round does not fill every process,
+    black images stand in, and their features are dropped after the gathering. keep: what is stored of
+    float32 (B, D), such as a rounded copy; it goes straight into one table: there are never two of them.
     """
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = accelerator.device if accelerator else device
     encoder = encoder.to(device)
-    features: list[Tensor] = []
+    table: Tensor | None = None
     labels: list[int] = []
     noted = time.monotonic()
     with ThreadPoolExecutor(num_threads or min(16, os.cpu_count() or 1)) as pool:
@@ -74,17 +80,21 @@ def extract(
             for row, image in enumerate(mine):
                 batch[row] = image.result()
             encoded = encoder.encode(batch.to(device))
+            encoded = keep(encoded) if keep else encoded
             if accelerator is not None and world_size > 1:
                 gathered = accelerator.gather(encoded)  # (world * share, D), by rank
                 encoded = gathered.unflatten(0, (world_size, share)).transpose(0, 1).flatten(0, 1)
-            features.append(encoded[: len(round_labels)].cpu())
+            if table is None:
+                table = torch.empty(num_images, encoded.shape[1], dtype=encoded.dtype)
+            table[len(labels) : len(labels) + len(round_labels)] = encoded[: len(round_labels)]
             labels += round_labels
             if time.monotonic() - noted > LOG_EVERY_SECONDS:
                 noted = time.monotonic()
-                logger.info("encoded %d images", len(labels))
-    if not features:
+                logger.info("encoded %d of %d images", len(labels), num_images)
+    if table is None:
         raise DataError("there are no images to take features of")
-    return Features(torch.cat(features), torch.tensor(labels))
+    assert len(labels) == num_images, (len(labels), num_images)
+    return Features(table, torch.tensor(labels))
 
 
 def _rounds(

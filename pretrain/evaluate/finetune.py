@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from pretrain.errors import TrainingError
-from pretrain.evaluate.augment import (
-    STEP_STREAM,
-    ChainedImages,
-    epoch_views,
-    make_augmenter,
-    normalised,
-    padded_crops,
-    seeded,
-)
+from pretrain.evaluate.augment import STEP_STREAM, make_augmenter, normalised, seeded
+from pretrain.evaluate.batches import augmented_batches
 from pretrain.evaluate.classifier import learning_groups
 from pretrain.evaluate.encoder import Encoder
 from pretrain.evaluate.finetune_state import read_state, restore, write_state
@@ -43,6 +34,8 @@ class Place:
 
     folder: Path | None = None
     resume: bool = False
+    # between two states: with few labels an epoch is shorter than writing one. The last epoch always is
+    every_seconds: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -50,15 +43,8 @@ class Finetuned:
     """The end of a fine-tuning."""
 
     encoder: Encoder  # its model with the weights of the last epoch, in eval mode and frozen
-    history: list[dict[str, Any]]  # per epoch: loss, learning rate, seconds, test accuracy
-
-
-@dataclass(frozen=True)
-class Share:
-    """This process's part of a global batch; padded, so that all processes have as many images."""
-
-    views: Tensor  # int64 (B,): `image * repeats + repeat`
-    weights: Tensor  # float32 (B,): 1 for an image of the batch, 0 for padding
+    # per epoch: loss, learning rate, seconds, and test accuracy, None where it was not tested
+    history: list[dict[str, Any]]
 
 
 def finetune(
@@ -72,11 +58,13 @@ def finetune(
     place: Place | None = None,
     identity: Mapping[str, Any] | None = None,
     num_workers: int | None = None,
+    test_every_epochs: int = 1,
 ) -> Finetuned:
     """Train what `build_classifier` made. classes: the labels in the order of the head's outputs.
 
     identity: what a state has to agree on to be continued. num_workers: processes of this process that
-    augment image by image, where a recipe asks for that; None takes the cores there are.
+    augment image by image, where a recipe asks for that; None takes the cores there are. test_every_epochs:
+    0 tests after the last epoch only, which all others do as well.
     """
     place, device = place or Place(), accelerator.device
     batch_size = min(recipe.batch_size, len(train))
@@ -95,8 +83,11 @@ def finetune(
     targets = torch.searchsorted(classes, train.labels).to(device)
     tests = prepare_images(test, classifier.crop, device)
     augmenter = make_augmenter(classifier, recipe, len(classes), device)
-    batches = _batches(classifier, train, recipe, seed, accelerator, len(history), batch_size, num_workers)
+    batches = augmented_batches(
+        classifier, train, recipe, seed, accelerator, len(history), batch_size, num_workers
+    )
     parallel = accelerator.prepare_model(model)
+    written_at = time.monotonic()
     for epoch in range(len(history), recipe.num_epochs):
         began = time.perf_counter()
         model.train()
@@ -111,7 +102,7 @@ def finetune(
                 pixels, soft = augmenter(images, targets[share.views.to(device) // recipe.repeats])
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     logits = parallel(pixels)
-                losses = F.cross_entropy(logits.float(), soft, reduction="none")  # (B,)
+                losses = cross_entropy(logits.float(), soft)
                 loss = (losses * share.weights.to(device)).sum() / num_images
                 # the processes' gradients are averaged; their sum is wanted
                 (loss * accelerator.num_processes).backward()
@@ -123,93 +114,43 @@ def finetune(
         train_loss = float(accelerator.reduce(total, "sum")) / len(train)
         if not math.isfinite(train_loss):
             raise TrainingError(f"fine-tuning: the loss of epoch {epoch + 1} is {train_loss}; lower --lr")
-        num_correct = count_correct(classifier, tests, classes, accelerator)
+        is_last = epoch + 1 == recipe.num_epochs
+        num_correct = None
+        if is_last or (test_every_epochs and (epoch + 1) % test_every_epochs == 0):
+            num_correct = count_correct(classifier, tests, classes, accelerator)
         history.append(
             {
                 "epoch": epoch + 1,
                 "train_loss": train_loss,
                 "lr": lr((epoch + 1) * steps_per_epoch - 1),
-                "test_top1_ratio": num_correct / len(test),
+                "test_top1_ratio": None if num_correct is None else num_correct / len(test),
                 "num_correct": num_correct,
                 "seconds": time.perf_counter() - began,
             }
         )
         logger.log(
             logging.INFO if accelerator.is_main_process else logging.DEBUG,
-            "epoch %d of %d: loss %.4f, test %.2f %%, %.1f s",
+            "epoch %d of %d: loss %.4f,%s %.1f s",
             epoch + 1,
             recipe.num_epochs,
             train_loss,
-            100 * num_correct / len(test),
+            "" if num_correct is None else f" test {100 * num_correct / len(test):.2f} %,",
             history[-1]["seconds"],
         )
-        if place.folder is not None and accelerator.is_main_process:
+        is_due = is_last or time.monotonic() - written_at >= place.every_seconds
+        if place.folder is not None and accelerator.is_main_process and is_due:
             write_state(place.folder, epoch + 1, history, identity, model, optimizer)
+            written_at = time.monotonic()
     accelerator.wait_for_everyone()
     model.eval().requires_grad_(False)
     return Finetuned(replace(classifier, model=model), history)
 
 
-def _batches(
-    classifier: Encoder,
-    train: ImageSet,
-    recipe: FinetuneRecipe,
-    seed: int,
-    accelerator: Accelerator,
-    first_epoch: int,
-    batch_size: int,
-    num_workers: int | None,
-) -> Iterator[tuple[Share, Tensor]]:
-    """Every batch from an epoch on: this process's share, its images as uint8 (B, 3, S, S) on the device."""
-    device = accelerator.device
-    even = bool(recipe.mixup_alpha or recipe.cutmix_alpha)
-
-    def shares() -> Iterator[tuple[int, Share]]:
-        for epoch in range(first_epoch, recipe.num_epochs):
-            for batch in torch.split(epoch_views(len(train), epoch, seed, recipe.repeats), batch_size):
-                yield epoch, share_of(batch, accelerator.process_index, accelerator.num_processes, even)
-
-    if recipe.crops_padded(classifier.crop.size_px) and recipe.rand_augment is None:
-        prepared = prepare_images(train, classifier.crop, device)
-        for epoch, share in shares():
-            images = prepared.take(share.views // recipe.repeats, device)
-            yield share, padded_crops(images, share.views, epoch, seed, recipe)
-        return
-    if num_workers is None:
-        num_workers = min(16, max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-    loader = DataLoader(
-        ChainedImages(train, classifier, recipe, seed),
-        batch_sampler=_Places(shares),
-        num_workers=num_workers,
-        multiprocessing_context="fork" if num_workers else None,  # the encoded images are not copied
-        pin_memory=device.type == "cuda",
-    )
-    for (_, share), images in zip(shares(), loader, strict=True):
-        yield share, images.to(device, non_blocking=True)
-
-
-class _Places:
-    """What a DataLoader asks its dataset for: (epoch, view) of every image of every batch."""
-
-    def __init__(self, shares: Callable[[], Iterator[tuple[int, Share]]]) -> None:
-        self.shares = shares
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch, share in self.shares():
-            yield [(epoch, view) for view in share.views.tolist()]
-
-
-def share_of(batch: Tensor, rank: int, world_size: int, even: bool) -> Share:
-    """Every world-size-th view of a batch; all processes get as many, an even number if images mix in pairs.
-
-    Padding repeats the batch's first view and weighs nothing.
-    """
-    size = math.ceil(len(batch) / world_size)
-    size += size % 2 if even else 0
-    own = batch[rank::world_size]
-    padding = batch[:1].expand(size - len(own))
-    weights = torch.cat([torch.ones(len(own)), torch.zeros(len(padding))])
-    return Share(torch.cat([own, padding]), weights)
+def cross_entropy(logits: Tensor, soft: Tensor) -> Tensor:
+    """(B, K) or, of several heads, (B, H, K), whose losses add up; soft targets (B, K) -> (B,)"""
+    if logits.ndim == 2:
+        return F.cross_entropy(logits, soft, reduction="none")
+    return torch.stack([F.cross_entropy(one, soft, reduction="none") for one in logits.unbind(1)]).sum(0)
 
 
 @torch.inference_mode()
@@ -227,8 +168,10 @@ def count_correct(
     for indices in torch.split(own, batch_size):
         pixels = normalised(tests.take(indices, device), classifier.mean, classifier.std)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = classifier.model(pixels)
-        predicted = classes[logits.float().argmax(dim=1).cpu()]
+            logits = classifier.model(pixels).float()
+        if logits.ndim == 3:  # of several heads the mean decides
+            logits = logits.mean(dim=1)
+        predicted = classes[logits.argmax(dim=1).cpu()]
         counts[0] += (predicted == tests.images.labels[indices]).sum()
         counts[1] += len(indices)
     num_correct, num_seen = accelerator.reduce(counts, "sum").tolist()

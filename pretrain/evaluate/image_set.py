@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.columns import NO_LABEL
 from pretrain.data.manifest import Split
 from pretrain.data.order import Run
 from pretrain.data.reader import EncodedSample, ShardReader, read_split
@@ -64,7 +63,7 @@ def open_images(
 ) -> ImageSet:
     """A share of every class of a split (`balanced_rows`); 1 takes all of it."""
     split = labelled.manifest.split(labelled.name)
-    labels = _labels(labelled, split)
+    labels = labelled.labels()
     rows = torch.arange(len(labels)) if ratio == 1 else balanced_rows(labels, ratio, seed)
     kept: tuple[EncodedSample, ...] | None = None
     if split.stored_bytes * len(rows) / len(labels) <= in_memory_bytes:
@@ -137,17 +136,6 @@ def prepare_images(
         part = range(first, min(first + PREPARED_AT_ONCE, len(images)))
         held[part.start : part.stop] = images.prepare(part, crop).to(device)
     return Prepared(images, crop, held)
-
-
-def _labels(labelled: LabelledSplit, split: Split) -> Tensor:
-    columns = [split.samples(shard).labels for shard in split.shards]
-    labels = torch.from_numpy(np.concatenate(columns).astype(np.int64))
-    if (labels == NO_LABEL).any():
-        row = int((labels == NO_LABEL).nonzero()[0])
-        raise DataError(
-            f"{labelled.manifest.folder}:{labelled.name}: sample {row} has no label; an evaluation needs one"
-        )
-    return labels
 
 
 def _alone(sample: EncodedSample) -> EncodedSample:

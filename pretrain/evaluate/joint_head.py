@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain.errors import CheckpointError, UserError
-from pretrain.evaluate.encoder import FeatureName
+from pretrain.evaluate.feature import FeatureName
 from pretrain.evaluate.features import Features
-from pretrain.evaluate.linear import wilson_interval
+from pretrain.evaluate.intervals import wilson_interval
 from pretrain.export.source import RunWeights
 
 TASK = "classification"

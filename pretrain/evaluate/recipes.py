@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pretrain.errors import ConfigError, nearest
 from pretrain.schedules import Schedule, cosine_with_warmup, quarter_cosine
 
-RecipeName = Literal["deit", "mae", "relvit"]
-Pool = Literal["class", "mean_patch"]
+RecipeName = Literal["deit", "sit", "mae", "relvit"]
+Pool = Literal["class", "mean_patch", "class_rotation"]  # the last: a head for each of the two tokens
 
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -83,25 +83,30 @@ class FinetuneRecipe(BaseModel):
 
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # two operations of magnitude 9
 
+DEIT = FinetuneRecipe(
+    batch_size=1024,
+    base_lr=5e-4,
+    lr_batch=512,
+    warmup_epochs=5,
+    warmup_lr=1e-6,
+    final_lr=1e-5,
+    weight_decay=0.05,
+    pool="class",
+    head_std=0.02,
+    drop_path_ratio=0.1,
+    rand_augment=RAND_AUGMENT,
+    repeats=3,
+    erase_ratio=0.25,
+    mixup_alpha=0.8,
+    cutmix_alpha=1.0,
+    label_smoothing_ratio=0.1,
+)
+
 RECIPES: dict[RecipeName, FinetuneRecipe] = {
-    # Touvron et al., 2020, arXiv:2012.12877; also of MoCo v3. Repeated augmentation is repeats=3
-    "deit": FinetuneRecipe(
-        batch_size=1024,
-        base_lr=5e-4,
-        lr_batch=512,
-        warmup_epochs=5,
-        warmup_lr=1e-6,
-        final_lr=1e-5,
-        weight_decay=0.05,
-        pool="class",
-        head_std=0.02,
-        drop_path_ratio=0.1,
-        rand_augment=RAND_AUGMENT,
-        erase_ratio=0.25,
-        mixup_alpha=0.8,
-        cutmix_alpha=1.0,
-        label_smoothing_ratio=0.1,
-    ),
+    # Touvron et al., 2020, arXiv:2012.12877; also of MoCo v3, for 100 to 150 epochs
+    "deit": DEIT,
+    # Atito et al., 2021, arXiv:2104.03602: DeiT's, with two heads whose losses add up, four times 120 images
+    "sit": DEIT.model_copy(update={"num_epochs": 501, "batch_size": 480, "pool": "class_rotation"}),
     # He et al., 2021, arXiv:2111.06377, of ViT-B (in their repository with layer_decay=0.65). ViT-L and -H:
     # base_lr=1e-3 num_epochs=50, and drop_path_ratio 0.2 and 0.3
     "mae": FinetuneRecipe(

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pretrain.data.columns import NO_LABEL
 from pretrain.data.decode import BadImage, decode
 from pretrain.data.manifest import Manifest
 from pretrain.data.reader import EncodedSample, read_split
@@ -38,12 +40,28 @@ class LabelledSplit:
                 )
             yield sample, sample.label
 
+    @property
+    def num_samples(self) -> int:
+        return self.manifest.split(self.name).num_samples
+
+    def labels(self) -> Tensor:
+        """Of every sample, as the index has them: int64 (N,). DataError if one has none."""
+        split = self.manifest.split(self.name)
+        columns = [split.samples(shard).labels for shard in split.shards]
+        labels = torch.from_numpy(np.concatenate(columns).astype(np.int64))
+        if (labels == NO_LABEL).any():
+            row = int((labels == NO_LABEL).nonzero()[0])
+            raise DataError(
+                f"{self.manifest.folder}:{self.name}: sample {row} has no label; an evaluation needs one"
+            )
+        return labels
+
     def describe(self) -> dict[str, Any]:
         return {
             "folder": str(self.manifest.folder),
             "split": self.name,
             "manifest_sha256": self.manifest.hash,
-            "num_samples": self.manifest.split(self.name).num_samples,
+            "num_samples": self.num_samples,
         }
 
 
@@ -81,6 +99,29 @@ def refuse_overlap(train: LabelledSplit, test: LabelledSplit) -> None:
                 f"--train {train.manifest.folder}:{train.name} and --test {test.manifest.folder}:{test.name} "
                 f"hold the same samples ({shard.name}); name different splits"
             )
+
+
+def refuse_other_classes(train: LabelledSplit, test: LabelledSplit) -> None:
+    """Every class that is tested can be learned, and all samples have labels. Reads the indexes only."""
+    learnt, tested = torch.unique(train.labels()), torch.unique(test.labels())
+    unknown = tested[~torch.isin(tested, learnt)].tolist()
+    if unknown:
+        raise DataError(
+            f"--test {test.manifest.folder}:{test.name} has {len(tested)} classes, of which {len(unknown)} "
+            f"(such as {unknown[0]}) are not among the {len(learnt)} of "
+            f"--train {train.manifest.folder}:{train.name}; give two splits of one labelling"
+        )
+
+
+def open_splits(train: str | Path, test: str | Path) -> dict[Role, LabelledSplit]:
+    """Both sets of an evaluation, after everything that can be wrong with them was looked at."""
+    splits: dict[Role, LabelledSplit] = {
+        "train": find_split(train, "train"),
+        "test": find_split(test, "test"),
+    }
+    refuse_overlap(splits["train"], splits["test"])
+    refuse_other_classes(splits["train"], splits["test"])
+    return splits
 
 
 def decode_and_crop(sample: EncodedSample, crop: CentreCrop) -> Tensor:

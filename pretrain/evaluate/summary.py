@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 import yaml
 
 from pretrain.errors import UserError
-from pretrain.evaluate.report import EvaluateConfig, run_knn, run_linear, save_result, take_features
+from pretrain.evaluate.frozen import run_knn, run_linear, take_features
+from pretrain.evaluate.report import EvaluateConfig, save_result
+from pretrain.evaluate.table import aligned
 from pretrain.tasks import TASKS
 
 LAST_SHARE = 0.1  # of a run's records that make up its end
@@ -94,10 +95,4 @@ def format_summary(result: dict[str, Any]) -> str:
         features.append(
             (name, *(f"{100 * methods[method]['top1_ratio']:.1f}" for method in ("knn", "linear")))
         )
-    return f"{_aligned(tasks)}\n\n{_aligned(features)}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return f"{aligned(tasks)}\n\n{aligned(features)}"

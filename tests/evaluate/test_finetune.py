@@ -5,10 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-import socket
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +27,12 @@ from pretrain.evaluate.classifier import build_classifier
 from pretrain.evaluate.encoder import open_encoder
 from pretrain.evaluate.finetune import Finetuned, Place, finetune
 from pretrain.evaluate.finetune_report import FinetuneRequest, run_finetune, run_head
+from pretrain.evaluate.frozen import run_knn, take_features
 from pretrain.evaluate.image_set import open_images
 from pretrain.evaluate.recipes import FinetuneRecipe, recipe_with
-from pretrain.evaluate.report import EvaluateConfig, run_knn, table, take_features
+from pretrain.evaluate.report import EvaluateConfig
 from pretrain.evaluate.shards import find_split
+from pretrain.evaluate.table import table
 
 QUICK = ("num_epochs=2", "batch_size=8", "base_lr=2e-3")
 EVERYTHING = ("drop_path_ratio=0.1", "mixup_alpha=0.8", "cutmix_alpha=1", "erase_ratio=0.25", "repeats=2")
@@ -116,7 +114,7 @@ def test_an_interrupted_and_resumed_run_equals_one_never_stopped(
 ) -> None:
     recipe = recipe_with("relvit", [*QUICK, "num_epochs=3", *EVERYTHING, *extra])
     expected = tune(run, data, recipe)
-    place = Place(tmp_path / "state")
+    place = Place(tmp_path / "state", every_seconds=0)
     tests_left = [None]
 
     def stop_in_the_second_epoch(*arguments: Any) -> int:
@@ -179,74 +177,19 @@ def test_a_label_that_the_train_set_lacks_counts_as_wrong(run: Path, data: Path)
     assert done.history[-1]["num_correct"] == 10
 
 
-@pytest.mark.distributed
-def test_two_processes_learn_and_count_as_one_does(run: Path, tmp_path: Path) -> None:
-    """Also where the last batch, and the test set, leave one process with less to do."""
-    data = write_data(tmp_path / "odd", num_train=13, num_test=7)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here, overrides = Path(__file__).parent, [*QUICK, "batch_size=4", "clip_norm=0"]
-    script = (
-        "import sys\n"
-        f"sys.path[:0] = [{str(here)!r}, {str(here.parent / 'export')!r}, {str(here.parents[1])!r}]\n"
-        "import json, os\nfrom pathlib import Path\nfrom safetensors.torch import save_file\n"
-        "from test_finetune import tune, weights_of\n"
-        "from pretrain.evaluate.finetune import Place\n"
-        "from pretrain.evaluate.recipes import recipe_with\n"
-        f"recipe = recipe_with('relvit', {overrides!r})\n"
-        f"done = tune(Path({str(run)!r}), Path({str(data)!r}), recipe, Place(Path('two')))\n"
-        "rank = os.environ['RANK']\n"
-        "save_file(weights_of(done), f'rank{rank}.safetensors')\n"
-        "Path(f'rank{rank}.json').write_text(json.dumps(done.history))\n"
-        "import torch.distributed\ntorch.distributed.destroy_process_group()\n"
-    )
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            cwd=tmp_path,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error
-    expected = tune(run, data, recipe_with("relvit", overrides), Place(tmp_path / "one"))
-    one, two = (
-        load_file(tmp_path / name / "epoch-00002" / "optimizer.safetensors") for name in ("one", "two")
-    )
-    for name, moments in one.items():  # these show the scale of the gradients, which AdamW's steps do not
-        torch.testing.assert_close(two[name], moments, rtol=0.02, atol=2e-5)
-    for rank in range(2):
-        found = load_file(tmp_path / f"rank{rank}.safetensors")
-        for name, value in weights_of(expected).items():
-            other = found[name]
-            if name.endswith("qkv.bias"):  # attention is blind to a key's bias: its gradient is noise
-                other, value = (torch.cat([bias[:24], bias[48:]]) for bias in (other, value))
-            torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-5)
-        history = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        for epoch, other_epoch in zip(expected.history, history, strict=True):
-            assert epoch["num_correct"] == other_epoch["num_correct"]
-            assert epoch["train_loss"] == pytest.approx(other_epoch["train_loss"], rel=1e-4)
-
-
 def test_several_seeds_give_mean_and_deviation_and_all_is_saved(run: Path, data: Path) -> None:
     recipe = recipe_with("relvit", [*QUICK])
-    request = FinetuneRequest("relvit", recipe, seeds=(0, 1), fraction_ratio=0.3, then_linear=True)
+    request = FinetuneRequest(
+        "relvit", recipe, (0, 1), fraction_ratio=0.3, then_linear=True, linear_changes={"num_epochs": 5}
+    )
     config = EvaluateConfig(device="cpu", batch_size=16, save=True)
     result = run_finetune(run, data, data, request, config)
     ratios = [one["top1_ratio"] for one in result["runs"]]
     assert result["top1_ratio"] == pytest.approx(sum(ratios) / 2)
     assert result["top1_ratio_std"] == pytest.approx(abs(ratios[0] - ratios[1]) / 2**0.5)
+    assert result["interval"] == "Student, over 2 seeds"
+    low, high = result["top1_ratio_95"]
+    assert low <= result["top1_ratio"] <= high
     for one in result["runs"]:
         assert one["num_train"] == 9
         assert one["best_top1_ratio"] == max(epoch["test_top1_ratio"] for epoch in one["history"])
@@ -262,6 +205,42 @@ def test_several_seeds_give_mean_and_deviation_and_all_is_saved(run: Path, data:
     assert "finetune relvit" in row
     assert "of 2 seeds" in row
     assert "30 % of the labels" in row
+
+
+def test_testing_may_wait_for_the_last_epoch(run: Path, data: Path) -> None:
+    recipe = recipe_with("relvit", [*QUICK, "num_epochs=3"])
+    config = EvaluateConfig(device="cpu")
+    always, last = (
+        run_finetune(run, data, data, FinetuneRequest("relvit", recipe, test_every_epochs=every), config)
+        for every in (1, 0)
+    )
+    assert [epoch["num_correct"] is None for epoch in last["runs"][0]["history"]] == [True, True, False]
+    assert last["top1_ratio"] == always["top1_ratio"]
+    assert last["runs"][0]["best_epoch"] == 3
+
+
+def test_two_heads_learn_from_the_sum_of_their_losses_and_decide_by_their_mean(
+    data: Path, tmp_path: Path
+) -> None:
+    """SiT: a head on the class token and one on the rotation token."""
+    registers = ("jigsaw", "rotation")
+    write_checkpoint(tmp_path / "run", tiny_config(), registers)
+    recipe = recipe_with("relvit", ["pool=class_rotation", "num_epochs=6", "batch_size=8"])
+    done = tune(tmp_path / "run", data, recipe)
+    assert done.history[-1]["test_top1_ratio"] > 0.9
+    assert done.encoder.feature == "class_rotation"
+    model: Any = done.encoder.model
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = model.forward_features(pixels)
+    logits = model(pixels)
+    torch.testing.assert_close(logits[:, 0], model.head.of_class(tokens[:, 0]))
+    torch.testing.assert_close(logits[:, 1], model.head.of_rotation(tokens[:, 2]))
+    targets = torch.eye(3)[torch.tensor([0, 2])]
+    summed = sum(torch.nn.functional.cross_entropy(logits[:, k], targets, reduction="none") for k in (0, 1))
+    torch.testing.assert_close(module.cross_entropy(logits, targets), summed)
+    write_checkpoint(tmp_path / "plain", tiny_config())
+    with pytest.raises(UserError, match=r"--pool class_rotation: .*no token of the rotation task"):
+        tune(tmp_path / "plain", data, recipe)
 
 
 def test_the_control_starts_from_fresh_weights_of_the_seed(run: Path, data: Path) -> None:
@@ -357,7 +336,7 @@ def test_a_run_without_a_head_is_told(run: Path, data: Path, tmp_path: Path) -> 
 def test_frozen_features_may_take_the_colours_of_the_data(run: Path, data: Path) -> None:
     own = take_features(run, data, data, EvaluateConfig(device="cpu"))
     measured = take_features(run, data, data, EvaluateConfig(device="cpu", normalization_of_data=True))
-    mean, std = measured.origin["encoder"]["mean"], measured.origin["encoder"]["std"]
+    mean, std = list(measured.encoder.mean), list(measured.encoder.std)
     assert mean == pytest.approx([80 / 255] * 3, abs=0.02)  # 30 of noise, and 150 in a third of the images
     given = EvaluateConfig(device="cpu", mean=tuple(mean), std=tuple(std))
     assert torch.equal(take_features(run, data, data, given).train.features, measured.train.features)

@@ -24,8 +24,8 @@ from pretrain.evaluate.augment import (
     posterize,
     seeded,
 )
+from pretrain.evaluate.batches import share_of
 from pretrain.evaluate.encoder import CentreCrop, Encoder
-from pretrain.evaluate.finetune import share_of
 from pretrain.evaluate.image_set import ImageSet, open_images
 from pretrain.evaluate.recipes import recipe_with
 from pretrain.evaluate.shards import find_split

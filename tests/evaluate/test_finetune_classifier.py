@@ -181,7 +181,7 @@ def test_new_weights_follow_the_seed_and_leave_the_random_state(tmp_path: Path) 
 
 def test_a_class_token_that_is_not_there_is_told(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", class_token=False)
-    with pytest.raises(UserError, match="--pool mean_patch"):
+    with pytest.raises(UserError, match=r"--pool class: .*use 'mean_patch'"):
         build_classifier(open_encoder(run), recipe_with("deit"), 3, seed=0)
     encoder = build_classifier(open_encoder(run), recipe_with("deit", ["pool=mean_patch"]), 3, seed=0)
     assert encoder.model(PIXELS).shape == (2, 3)

@@ -6,19 +6,22 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from range_server import RangeServer
-from run_folder import tiny_config, write_checkpoint
+from run_folder import seal, tiny_config, write_checkpoint
 
 from pretrain.data.indexing import index_folder
 from pretrain.errors import DataError, UserError
-from pretrain.evaluate.linear import LinearConfig
-from pretrain.evaluate.report import EvaluateConfig, results_folder, run_knn, run_linear, table, take_features
+from pretrain.evaluate.frozen import run_knn, run_linear, take_features
+from pretrain.evaluate.report import EvaluateConfig, results_folder
 from pretrain.evaluate.shards import find_split, refuse_overlap
+from pretrain.evaluate.table import table
+from pretrain.export.timm_folder import export_timm
 
 CPU = EvaluateConfig(device="cpu", batch_size=16)
 
@@ -65,7 +68,7 @@ def test_colours_are_told_apart_and_results_are_saved(shards: Callable[..., Path
     sets = take_features(tmp_path / "run", folder, folder, config)
     results = [
         run_knn(tmp_path / "run", folder, folder, config, ks=(5, 20), sets=sets),
-        run_linear(tmp_path / "run", folder, folder, config, linear=LinearConfig(num_epochs=20), sets=sets),
+        run_linear(tmp_path / "run", folder, folder, config, changes={"num_epochs": 20}, sets=sets),
         run_knn("pixels", folder, folder, CPU),
     ]
     for result in results:
@@ -138,6 +141,41 @@ def test_training_and_testing_on_the_same_samples_is_refused(
     with pytest.raises(DataError, match="same samples"):
         refuse_overlap(find_split(folder, "train"), find_split(copy.parent, "test"))
     refuse_overlap(find_split(folder, "train"), find_split(folder, "test"))
+
+
+def test_a_test_set_of_other_classes_is_refused_before_anything_is_encoded(
+    shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_shard(tmp_path / "few" / "few-train-0.tar", 2, seed=9)  # without label 2
+    index_folder(tmp_path / "few")
+    with pytest.raises(DataError, match=r"3 classes, of which 1 \(such as 2\).*two splits of one labelling"):
+        take_features("pixels", tmp_path / "few", shards("data", test=6), CPU)
+
+
+def test_a_result_says_whether_its_data_are_those_of_the_pretraining(
+    shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    own, other = shards("own", train=12, test=6), shards("other", train=15, test=6)
+    checkpoint = write_checkpoint(tmp_path / "run", tiny_config())
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["identity"] = {"manifest_hash": [find_split(own, "train").manifest.hash]}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    seal(checkpoint)
+    export_timm(tmp_path / "run", tmp_path / "export")
+    for weights in (tmp_path / "run", tmp_path / "export"):
+        at_home = run_knn(weights, own, own, CPU)
+        assert at_home["domain"]["is_transfer"] is False
+        assert "transfer" not in table([at_home])
+        colours = replace(CPU, normalization_of_data=True)
+        away = run_knn(weights, other, other, colours)
+        assert away["domain"] == {
+            "pretrained_on": ["data_shards/cifar10"],
+            "evaluated_on": str(other),
+            "is_transfer": True,
+            "normalization": "of the data",
+        }
+        assert "transfer from cifar10 to other, normalisation of the data" in table([away])
+    assert run_knn("pixels", own, own, CPU)["domain"]["is_transfer"] is None
 
 
 @pytest.mark.parametrize(
