@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_knn(add("knn", "weighted k-nearest neighbours"))
     _add_linear(add("linear", "linear probe with swept learning rates, as the method's authors do it"))
     _add_finetune(add("finetune", "train backbone and head with a recipe"))
+    _add_fewshot(add("fewshot", "fine-tune on shares of the labels, then a linear probe with all: a table"))
     _add_summary(
         add("summary", "pretext tasks, k-NN and linear of a run beside untrained weights and raw pixels")
     )
@@ -178,6 +179,19 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         "--test-every", type=int, default=1, metavar="N", help="epochs (0: only after the last)"
     )
     parser.add_argument("--resume", action="store_true", help="go on after the last state that was kept")
+
+
+def _add_fewshot(parser: argparse.ArgumentParser) -> None:
+    _add_sets(parser)
+    _add_recipe(parser)
+    parser.add_argument(
+        "--fractions",
+        type=float,
+        nargs="+",
+        metavar="F",
+        help="of the labels of each class (default: 0.01 0.1 0.25 0.5 1)",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="S", help="of each (default: 0 1 2)")
 
 
 def _add_head(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.evaluate.encoder import open_encoder
+from pretrain.evaluate.fewshot import FRACTIONS, SEEDS, FewshotRequest, format_fewshot, run_fewshot
 from pretrain.evaluate.finetune_report import FinetuneRequest, run_finetune, run_head
 from pretrain.evaluate.frozen import run_knn, run_linear
 from pretrain.evaluate.knn import KS
@@ -105,6 +106,21 @@ def _finetune(arguments: argparse.Namespace, say: Say) -> None:
     say(table([result]))
 
 
+def _fewshot(arguments: argparse.Namespace, say: Say) -> None:
+    name, recipe = _recipe_from(arguments)
+    request = FewshotRequest(
+        recipe_name=name,
+        recipe=recipe,
+        fractions=tuple(arguments.fractions or FRACTIONS),
+        seeds=tuple(arguments.seeds or SEEDS),
+        linear_changes=_linear_changes(arguments),
+        image_px=arguments.img_px,
+        num_workers=arguments.workers,
+    )
+    result = run_fewshot(arguments.weights, arguments.train, arguments.test, request, config_from(arguments))
+    say(format_fewshot(result))
+
+
 def _linear_changes(arguments: argparse.Namespace) -> dict[str, Any]:
     return {} if arguments.linear_epochs is None else {"num_epochs": arguments.linear_epochs}
 
@@ -148,5 +164,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Say], None]] = {
     "linear": _linear,
     "summary": _summary,
     "finetune": _finetune,
+    "fewshot": _fewshot,
     "head": _head,
 }
