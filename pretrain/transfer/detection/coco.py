@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +69,7 @@ class CocoSet:
     def segmentation(self, row: int) -> Segmentation | None:
         """The mask of an object as the JSON has it."""
         start, end = self.shape_starts[row : row + 2]
-        return json.loads(self.shapes[start:end].tobytes()) if end > start else None  # type: ignore[no-any-return]
+        return json.loads(self.shapes[start:end].tobytes()) if end > start else None
 
     def image(self, index: int) -> NDArray[np.uint8]:
         """uint8 (H, W, 3)"""
@@ -396,9 +396,9 @@ def _fault_of_box(box: Any, image: _Image) -> tuple[str, str] | None:
     return None
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -105,11 +105,13 @@ def encode(mask: NDArray[np.uint8]) -> dict[str, Any]:
 
 def tight_boxes(masks: NDArray[np.uint8]) -> NDArray[np.float32]:
     """uint8 (N, H, W), none of them empty -> float32 (N, 4): x0, y0, x1, y1 around the pixels"""
-    columns, rows = masks.any(axis=1), masks.any(axis=2)  # (N, W), (N, H)
+    height, width = masks.shape[1:]
+    in_column = np.asarray(masks.any(axis=1))  # (N, W)
+    in_row = np.asarray(masks.any(axis=2))  # (N, H)
     ends = [
-        columns.argmax(axis=1),
-        rows.argmax(axis=1),
-        columns.shape[1] - columns[:, ::-1].argmax(axis=1),
-        rows.shape[1] - rows[:, ::-1].argmax(axis=1),
+        in_column.argmax(axis=1),
+        in_row.argmax(axis=1),
+        width - in_column[:, ::-1].argmax(axis=1),
+        height - in_row[:, ::-1].argmax(axis=1),
     ]
     return np.stack(ends, axis=1).astype(np.float32)
