@@ -62,6 +62,15 @@ class CocoSet:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        """In the order of the labels; with the id where a name stands twice."""
+        names = [category.name for category in self.categories]
+        return tuple(
+            f"{category.name} ({category.id})" if names.count(category.name) > 1 else category.name
+            for category in self.categories
+        )
+
     def rows(self, index: int) -> NDArray[np.int64]:
         """Places of the objects of an image."""
         return np.arange(self.starts[index], self.starts[index + 1])

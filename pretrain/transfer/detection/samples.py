@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ SMALLEST_PX = 1.0  # side of a box that is still learnt after a crop
 TRIES = 10  # to find a crop with an object in it
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):  # which a loader can pin
     """One image, ready but for its normalisation; and what is to be found in it."""
 
     image: Tensor  # uint8 (3, H, W)
