@@ -36,7 +36,7 @@ class Placement:
         if box != (0, 0, self.width, self.height):
             whole = Image.fromarray(np.ascontiguousarray(part))
             part = np.asarray(whole.resize((self.width, self.height), Image.Resampling.BILINEAR, box=box))
-        return np.ascontiguousarray(part[:, ::-1] if self.flip else part)
+        return np.array(part[:, ::-1] if self.flip else part)  # a copy: Pillow lends read-only memory
 
     def mask(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """uint8 (H, W) of 0 and 1 -> (height, width) of the same: 1 where at least half a pixel is inside"""
