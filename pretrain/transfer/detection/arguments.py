@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
     if find_spec("pycocotools") is None:
         raise UserError("detection is scored by pycocotools; install it: pip install 'pretrain[transfer]'")
+    from pretrain.settings import read_settings
     from pretrain.transfer.detection.config import DetectionConfig
     from pretrain.transfer.detection.run import DetectionRequest, run_detection
-    from pretrain.transfer.settings import read_settings
 
     if arguments.resume and arguments.evaluate_only:
         raise UserError("--resume goes on with a training and --evaluate-only trains nothing; leave one away")

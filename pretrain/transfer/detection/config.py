@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from pretrain.optim import Beta, NotNegative, Positive
 from pretrain.schedules import Schedule, cosine_with_warmup
-from pretrain.transfer.settings import Settings
+from pretrain.settings import Settings
 
 Count = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
