@@ -53,7 +53,8 @@ class AugmentConfig(Settings):
             if self.kind == "multi_scale"
             else ("shortest_px", "longest_px", "crop_ratio")
         )
-        given = [name for name in others if name in self.model_fields_set]
+        fields = type(self).model_fields
+        given = [name for name in others if getattr(self, name) != fields[name].default]
         if given:
             raise ValueError(f"'{given[0]}' means nothing to kind '{self.kind}'; remove it, or change kind")
         if self.scale[0] > self.scale[1]:
