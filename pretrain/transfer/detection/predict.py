@@ -52,7 +52,7 @@ def detect(
         (result,) = detector([image.to(device).float() / 255])
     height, width = found.sizes[place].tolist()
     boxes = boxes_in_image(result["boxes"], placement, height, width)
-    masks = result.get("masks")
+    masks = result["masks"].cpu() if "masks" in result else None
     detections = []
     for number, (label, score) in enumerate(
         zip(result["labels"].tolist(), result["scores"].tolist(), strict=True)
@@ -65,7 +65,7 @@ def detect(
             "score": round(score, SCORE_DIGITS),
         }
         if masks is not None:
-            detection["segmentation"] = encode(paste(masks[number].cpu(), boxes[number], height, width))
+            detection["segmentation"] = encode(paste(masks[number], boxes[number], height, width))
         detections.append(detection)
     return detections
 
