@@ -25,11 +25,19 @@ from pretrain.errors import (
 )
 from pretrain.evaluate import arguments as evaluate_arguments
 from pretrain.export import arguments as export_arguments
+from pretrain.transfer.detection import arguments as detection_arguments
+from pretrain.transfer.segmentation import arguments as segmentation_arguments
 
 EXIT_CODES = (
     "exit codes: 0 done, 2 wrong input (one line says what and the remedy), 75 stopped on request, saved and "
     "resumable, 1 anything else"
 )
+
+
+_GOALS: dict[str, tuple[Any, str]] = {
+    "detection": (detection_arguments, "objects and instance masks in COCO's format (Mask R-CNN)"),
+    "segmentation": (segmentation_arguments, "classes of all pixels: Cityscapes, or images and masks"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
 
+    transfer = commands.add_parser("transfer", help="train a detector or a segmenter on the weights")
+    goals = transfer.add_subparsers(dest="goal", required=True, metavar="GOAL")
+    for goal, (module, text) in _GOALS.items():
+        module.add_arguments(goals.add_parser(goal, help=text, epilog=EXIT_CODES))
     evaluate_arguments.add_arguments(
         commands.add_parser("evaluate", help="measure what features are worth", epilog=EXIT_CODES)
     )
@@ -437,6 +449,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _transfer(arguments: argparse.Namespace) -> int:
+    _GOALS[arguments.goal][0].run(arguments, _say)
+    return EXIT_DONE
+
+
 def _evaluate_pretext(arguments: argparse.Namespace) -> int:
     from pretrain.pretext import run_pretext
 
@@ -457,4 +474,5 @@ _COMMANDS = {
     "shards": _shards,
     "export": _export,
     "evaluate": _evaluate,
+    "transfer": _transfer,
 }

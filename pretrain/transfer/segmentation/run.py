@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import ConfigError, cannot_write
 from pretrain.evaluate.encoder import UNTRAINED
-from pretrain.evaluate.finetune_report import hardware
-from pretrain.evaluate.report import results_folder, save_result, versions
+from pretrain.evaluate.report import hardware, results_folder, save_result, versions
 from pretrain.export.source import WeightsName
 from pretrain.optim import SGD, AdamW, Optimizer
 from pretrain.transfer.segmentation.folders import find_data
