@@ -72,6 +72,7 @@ SETTINGS = {
     "engine": _safe("precision, ZeRO stage and engine may change with the machine"),
     "checkpoint": _safe("when and where checkpoints are written"),
     "log": _safe("what is told"),
+    "online_knn": _safe("only measures"),
     "guard": _safe("when a run stops or goes back, which it tells"),
     "preempt": _safe("when a run is interrupted"),
     "watchdog": _safe("when a run counts as hanging"),

@@ -18,6 +18,7 @@ from pretrain.errors import ConfigError
 from pretrain.guard import GuardConfig
 from pretrain.metrics.exporter import PrometheusConfig
 from pretrain.models.backbone import BackboneConfig
+from pretrain.online_knn import OnlineKnnConfig
 from pretrain.optim import NotNegative, OptimConfig, Positive
 from pretrain.preempt import PreemptConfig
 from pretrain.settings import Settings, plain, read_settings, readable_settings, validated
@@ -102,6 +103,7 @@ class RunConfig(Settings):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    online_knn: OnlineKnnConfig | None = None
     guard: GuardConfig = GuardConfig()
     preempt: PreemptConfig = PreemptConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

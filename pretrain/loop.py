@@ -21,6 +21,7 @@ from pretrain.guard import Verdict, checksum, deviants
 from pretrain.memory import is_out_of_memory, out_of_memory_report
 from pretrain.metrics.meter import Meter
 from pretrain.models.teacher import Teacher
+from pretrain.online_knn import OnlineKnn
 from pretrain.oversight import ANOMALIES, Oversight
 from pretrain.passed_over import PassedOver
 from pretrain.preempt import PreemptConfig, Preemption
@@ -58,6 +59,7 @@ class Loop:
         work_time: WorkTime | None = None,
         saver: Saver | None = None,
         reopen: Callable[[int], Batches] | None = None,
+        online_knn: OnlineKnn | None = None,
     ) -> None:
         config = request.config
         self.config = config
@@ -74,6 +76,7 @@ class Loop:
         self.work_time = work_time or WorkTime(place.device)
         self.saver = saver
         self.reopen = reopen
+        self.online_knn = online_knn
         self.recipe: Recipe = build.recipe(config)
         self.num_steps = inspected.num_steps
         self.timetable = build.timetable(config, inspected.mixture.num_samples)
@@ -171,12 +174,14 @@ class Loop:
             values["teacher_calls"] = float(self.teacher.num_calls)
             if self.config.teacher and self.config.teacher.update == "after" and not output.skipped:
                 self._update_teacher(step)
+        seconds = time.perf_counter() - started
+        values |= self._measure_knn(step)
         if self.meter:
             self.meter.record(
                 step + 1,
                 values,
                 skipped=output.skipped,
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
                 wait_seconds=self.batches.wait_seconds - waited,
             )
         self._values = values
@@ -185,6 +190,16 @@ class Loop:
             self.meter.publish_ranks(self.oversight.stragglers.scores())
         if self.saver:
             self.saver.check(write_failures)
+
+    def _measure_knn(self, step: int) -> dict[str, float]:
+        """Where it is due; its time is not the step's."""
+        if self.online_knn is None or not self.online_knn.due(step + 1):
+            return {}
+        with self.watchdog.section("evaluation", step):
+            found = self.online_knn.measure(self.engine, self.teacher)
+        if self.meter and found:
+            self.meter.publish_evaluation("knn", self.online_knn.config.k, found["knn_top1_ratio"])
+        return found
 
     def _update_teacher(self, step: int) -> None:
         assert self.teacher is not None

@@ -30,6 +30,7 @@ from pretrain.data.mixture import Mixture
 from pretrain.data.streaming import check_shared_memory
 from pretrain.errors import CheckpointError, UserError
 from pretrain.metrics.exporter import PORT_TRIES, PrometheusConfig
+from pretrain.online_knn import choose_images
 from pretrain.views.plan import encoder_calls
 
 T = TypeVar("T")
@@ -170,6 +171,9 @@ def _examine(request: Request, place: cluster.Cluster, findings: _Findings) -> I
             for manifest in {split.manifest.folder: split.manifest for split in splits}.values():
                 look(manifest.check_shards)
             look(lambda: _check_labels(splits, config))
+            online_knn = config.online_knn
+            if online_knn is not None:
+                look(lambda: choose_images(online_knn, config.data))
             share = place.local_world_size / place.world_size
             findings.warn(look(lambda: small_cache(config.data, splits, share)))
     if of_settings.keys().isdisjoint(("views", "batch")):

@@ -22,6 +22,7 @@ from pretrain.loop import Loop, lost_peer, restore_optimizer
 from pretrain.metrics import names
 from pretrain.metrics.exporter import open_exporter
 from pretrain.metrics.meter import JsonLines, Meter
+from pretrain.online_knn import OnlineKnn
 from pretrain.preempt import Preemption
 from pretrain.preflight import Inspected, Request, describe, inspect
 from pretrain.relabel import Relabeler
@@ -228,6 +229,10 @@ def _run(
             task, num_samples = module.tasks["cluster_labels"], inspected.mixture.num_samples
             assert isinstance(task, ClusterLabelsTask)
             relabeler = Relabeler(config, task, module.backbone, inspected.splits, num_samples, peers, device)
+        online_knn = None
+        if config.online_knn:
+            lengths = inspected.num_steps, inspected.mixture.num_samples
+            online_knn = OnlineKnn(config, module.backbone, *lengths, peers)
         engine = build.engine(config, module, peers)
         if saved:
             restore_optimizer(engine, saved)
@@ -255,6 +260,7 @@ def _run(
             work_time=work_time,
             saver=saver,
             reopen=reopen,
+            online_knn=online_knn,
         )
         loop.passed_over, loop.oversight.num_rollbacks = passed_over, num_rollbacks
         if saved and "guard" in saved.state:

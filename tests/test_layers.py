@@ -49,6 +49,7 @@ LAYERS = {
         "changes",
         "checkpoint_writer",
         "mirror",
+        "online_knn",
         "oversight",
         "saving",
         "loop",

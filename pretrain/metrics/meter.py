@@ -148,6 +148,9 @@ class Meter:
         for rank, speed in enumerate(speeds):
             self.exporter.set(names.RANK_SPEED, speed, str(rank))
 
+    def publish_evaluation(self, name: str, k: int, accuracy_ratio: float) -> None:
+        self.exporter.set(names.EVAL_ACCURACY, accuracy_ratio, name, str(k))
+
     def go_back(self, step: int) -> None:
         """The run goes on from an earlier step: what was recorded beyond it is taken away."""
         self.exporter.add(names.ROLLBACKS, 1)

@@ -62,11 +62,14 @@ RANK_SPEED = Metric(
 FEATURE_STD = Metric(
     "pretrain_feature_std", "gauge", "Spread of the directions of image features; 0 is a collapse, at most 1."
 )
+EVAL_ACCURACY = Metric(
+    "pretrain_eval_accuracy_ratio", "gauge", "Accuracy of the last evaluation on the way.", ("eval", "k")
+)
 CHECKPOINT_STEP = Metric("pretrain_checkpoint_step", "gauge", "Step of the last checkpoint.")
 
 METRICS = (
     STEPS, IMAGES, EPOCH, LOSS, LOSS_WEIGHT, TASK_METRIC, GRAD_NORM, LEARNING_RATE, MOMENTUM, STEP_SECONDS,
     DATA_WAIT, IMAGES_PER_SECOND, BACKBONE_CALLS, TEACHER_CALLS, SKIPPED_STEPS, BAD_SAMPLES,
     STORAGE_RETRIES, CHECKPOINT_SECONDS, CHECKPOINT_STALL_SECONDS, CHECKPOINT_FAILURES, MIRROR_FAILURES,
-    ATTEMPT, ROLLBACKS, RANK_SPEED, FEATURE_STD, CHECKPOINT_STEP,
+    ATTEMPT, ROLLBACKS, RANK_SPEED, FEATURE_STD, EVAL_ACCURACY, CHECKPOINT_STEP,
 )  # fmt: skip
