@@ -20,8 +20,8 @@ from pretrain.evaluate.encoder import Encoder
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LOG_EVERY_SECONDS = 10.0
-CHECK_AT_ONCE = 65_536  # rows that are looked at for NaN and Inf
+LOG_EVERY_SECONDS = 30.0
+CHECK_AT_ONCE = 4096  # rows that are looked at for NaN and Inf
 
 logger = logging.getLogger(__name__)
 
