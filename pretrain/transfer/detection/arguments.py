@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, metavar="FILE", help="default: the 1x recipe of Mask R-CNN on Swin-T"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="of state, result and pictures (default: the weights')"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="of state, result, pictures (default: transfer/detection of WEIGHTS)",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest state in --out")
     parser.add_argument(

@@ -231,14 +231,14 @@ def _initial(
     accelerator: Accelerator,
     out: Path,
     state: FinetuneState | None,
-) -> dict[str, Any] | None:
-    """Scores before training; of a training that goes on those that it began with."""
+) -> dict[str, Any]:
+    """Scores before training: the detector has its first weights until the training puts others in."""
     path = out / f"{INITIAL}.json"
-    if state is not None:
-        return json.loads(path.read_text()) if path.is_file() else None
+    if state is not None and path.is_file():
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
     detections = predict(detector, found, config.evaluate, accelerator)
     if not accelerator.is_main_process:
-        return None
+        return {}
     scores = _scores(found, detections, config)
     logger.info("before training: box AP %.2f", scores["bbox"]["AP"])
     save_result(out, scores, INITIAL)
