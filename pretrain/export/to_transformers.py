@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pretrain.export.comparison import Difference, compare, refuse_strangers, seeded_images
 from pretrain.export.parity import ParityError
-from pretrain.export.plain_swin import plain_swin
 from pretrain.export.plain_swin import NORM_EPS as SWIN_NORM_EPS
+from pretrain.export.plain_swin import plain_swin
 from pretrain.export.plain_vit import NORM_EPS, PlainViT, plain_vit
 from pretrain.export.proof import Proof
 from pretrain.export.quiet import quiet
