@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pretrain.export.parity import RELATIVE_TOLERANCE, ParityError
+from pretrain.export.proof import Proof
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,35 @@ def refuse_changes(consumer: str, written: Mapping[str, Tensor], loaded: Mapping
     changed = sorted(name for name, tensor in written.items() if not torch.equal(loaded[name], tensor))
     if changed:
         raise ParityError(f"{consumer} altered or skipped {len(changed)} tensors, such as '{changed[0]}'")
+
+
+def conclude(
+    format: str,
+    consumer: str,
+    files: Iterable[str],
+    ours: Collection[str],
+    difference: Difference | None,
+    note: str,
+    left_out: Mapping[str, str] | None = None,
+) -> Proof:
+    """The proof of a format whose comparison has passed, or is None where the consumer could not be asked.
+
+    ours: names of all tensors of the backbone; left_out: those without a place, and why.
+    """
+    left_out = dict(left_out or {})
+    return Proof(
+        format=format,
+        consumer=consumer,
+        files=tuple(files),
+        matched=tuple(sorted(set(ours) - left_out.keys())),
+        missing=(),
+        unexpected=(),
+        left_out=left_out,
+        max_abs_difference=difference.max_abs if difference else None,
+        feature_scale=difference.scale if difference else None,
+        tolerance=difference.tolerance if difference else None,
+        note=note,
+    )
 
 
 def _some(names: Collection[str], limit: int = 5) -> str:

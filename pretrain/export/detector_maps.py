@@ -11,11 +11,12 @@ from pretrain.models.backbone import Backbone, create_backbone, encode, layout_o
 
 
 @torch.inference_mode()
-def patches_alone(source: RunWeights, images: Tensor) -> Tensor:
-    """The map after the last block, before the final norm, of a ViT without prefix tokens: (B, D, h, w)"""
+def patches_alone(source: RunWeights, model: Backbone, images: Tensor) -> Tensor:
+    """The map after the last block, before the final norm, of a ViT without its prefix tokens: (B, D, h, w)"""
     args = source.backbone.args | {"reg_tokens": 0}
     config = source.backbone.model_copy(update={"class_token": False, "args": args})
-    state = {name: value for name, value in source.state.items() if name not in ("cls_token", "reg_token")}
+    prefix = ("cls_token", "reg_token")
+    state = {name: value for name, value in model.state_dict().items() if name not in prefix}
     layout = layout_of(config, ())
     if "pos_embed" in state:
         state["pos_embed"] = state["pos_embed"][:, -layout.num_patches :]

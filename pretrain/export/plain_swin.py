@@ -1,13 +1,14 @@
 """What other libraries' Swin Transformers hold of ours: the tensors by the names of the authors' own code.
 
-timm merges patches at the beginning of a stage, the authors (Liu et al., 2021, arXiv:2103.14030) and all others
-at the end of the stage before, and they keep the index of the relative positions as a buffer.
+timm merges patches at the beginning of a stage, the authors (Liu et al., 2021, arXiv:2103.14030) and all
+others at the end of the stage before, and they keep the index of the relative positions as a buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from timm.layers import Mlp
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
@@ -39,7 +40,7 @@ class PlainSwin:
     @property
     def large_image_px(self) -> int:
         """The smallest image whose every map holds more than one window, and whole windows only."""
-        return self.patch_px * 2**self.last_stage * self.window * 2
+        return self.patch_px * self.window << len(self.depths)
 
 
 def plain_swin(format: str, source: RunWeights, model: SwinTransformer, any_maps: bool = False) -> PlainSwin:
@@ -87,7 +88,7 @@ def original_names(source: RunWeights, model: SwinTransformer) -> dict[str, Tens
     return tensors
 
 
-def _strange_parts(blocks: list[nn.Module]) -> Iterator[str]:
+def _strange_parts(blocks: list[Any]) -> Iterator[str]:
     """What only timm's Swin has, one phrase each."""
     ratios = set()
     for block in blocks:

@@ -1,7 +1,8 @@
 """What other libraries' Vision Transformers hold of ours: one leading token, registers, positions, blocks.
 
-Where the others have fewer parts, the arithmetic is moved, not changed: the position of a register is added to
-the register, a layer scale is multiplied into the projection before it, an absent bias or position is zero.
+Where the others have fewer parts, the arithmetic is moved, not changed: the position of a register is added
+to the register, a layer scale is multiplied into the projection before it, an absent bias or position is
+zero.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tables that carry timm's names of tensors over to another library's.
 
-In a pattern `N` stands for a number and `*`, at its end, for what follows (`weight`, `bias`); a target repeats
-them in the same order. A table whose target is a triple cuts the tensor into three equal parts: the fused
-query, key and value.
+In a pattern `N` stands for a number and `*`, at its end, for what follows (`weight`, `bias`); a target
+repeats them in the same order. A table whose target is a triple cuts the tensor into three equal parts: the
+fused query, key and value.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Export for detectron2: `train.init_checkpoint = "FOLDER/model.pth?matching_heuristics=True"`.
 
-Its ViT (Li et al., 2022, arXiv:2203.16527) sees patches only and ends before the final norm; its Swin normalises
-each map that a detector reads. So class token, registers and a ViT's final norm stay behind, and the proof
-compares with our network run on patches alone.
+Its ViT (Li et al., 2022, arXiv:2203.16527) sees patches only and ends before the final norm; its Swin
+normalises each map that a detector reads. So class token, registers and a ViT's final norm stay behind, and
+the proof compares with our network run on patches alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from pretrain.export.comparison import Difference, compare, refuse_changes, seeded_images
+from pretrain.export.comparison import Difference, compare, conclude, refuse_changes, seeded_images
 from pretrain.export.consumer import AbsentError, import_consumer, version_of
 from pretrain.export.detector_maps import last_map, patches_alone
 from pretrain.export.plain_swin import PlainSwin, plain_swin
@@ -64,18 +64,14 @@ def write(folder: Path, source: RunWeights, model: Backbone) -> Proof:
         difference = _prove(folder, source, model, plain)
     except AbsentError as absent:
         note += f"; {absent}"
-    return Proof(
-        format=FORMAT,
-        consumer=f"{version_of('detectron2')} {name}",
-        files=(WEIGHTS, ARGUMENTS),
-        matched=tuple(sorted(source.state.keys() - left_out.keys())),
-        missing=(),
-        unexpected=(),
-        left_out=left_out,
-        max_abs_difference=difference.max_abs if difference else None,
-        feature_scale=difference.scale if difference else None,
-        tolerance=difference.tolerance if difference else None,
-        note=note,
+    return conclude(
+        FORMAT,
+        f"{version_of('detectron2')} {name}",
+        (WEIGHTS, ARGUMENTS),
+        source.state,
+        difference,
+        note,
+        left_out,
     )
 
 
@@ -125,7 +121,7 @@ def _prove(folder: Path, source: RunWeights, reference: Backbone, plain: PlainSw
             network = backbones.swin.SwinTransformer(**arguments, **outputs)
         else:
             images = seeded_images(plain.img_px)
-            expected = patches_alone(source, images)
+            expected = patches_alone(source, reference, images)
             norm = partial(nn.LayerNorm, eps=NORM_EPS)
             network = backbones.ViT(**arguments, img_size=plain.img_px, norm_layer=norm)
     detector = nn.ModuleDict({"backbone": nn.ModuleDict({"net": network})})  # the names of a detector

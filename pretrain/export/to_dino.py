@@ -1,9 +1,10 @@
 """Export as `teacher_checkpoint.pth` of the DINO family: {"teacher": {"backbone.<name>": tensor}}.
 
-A ViT with a class token gets the names of DINO (Caron et al., 2021, arXiv:2104.14294); with registers those of
-DINOv2 (Oquab et al., 2023, arXiv:2304.07193; Darcet et al., 2023, arXiv:2309.16588), whose position table does
-not cover them; a Swin those of the Swin authors, which EsViT took over. DINOv3 turns positions instead of
-adding them and cannot hold these weights. Both DINO loaders read the file with `checkpoint_key="teacher"`.
+A ViT with a class token gets the names of DINO (Caron et al., 2021, arXiv:2104.14294); with registers those
+of DINOv2 (Oquab et al., 2023, arXiv:2304.07193; Darcet et al., 2023, arXiv:2309.16588), whose position table
+does not cover them; a Swin those of the Swin authors, which EsViT took over. DINOv3 turns positions instead
+of adding them and cannot hold these weights. Both DINO loaders read the file with
+`checkpoint_key="teacher"`.
 
 The original classes come with no package, so the proof is stock timm, which knows all three sets of names.
 """
@@ -19,7 +20,7 @@ from timm.models.swin_transformer import checkpoint_filter_fn as swin_from_origi
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_from_original
 from torch import Tensor, nn
 
-from pretrain.export.comparison import Difference, compare, refuse_strangers, seeded_images
+from pretrain.export.comparison import Difference, compare, conclude, refuse_strangers, seeded_images
 from pretrain.export.plain_swin import original_names
 from pretrain.export.plain_vit import PlainViT, plain_vit, refuse_no_class_token
 from pretrain.export.proof import Proof
@@ -47,19 +48,7 @@ def write(folder: Path, source: RunWeights, model: Backbone) -> Proof:
     save_tensors({"teacher": {_PREFIX + name: value for name, value in tensors.items()}}, folder / WEIGHTS)
     consumer = f"timm {timm.__version__} on the names of {family}"
     difference = _prove(folder, source, model, vit, consumer)
-    return Proof(
-        format=FORMAT,
-        consumer=consumer,
-        files=(WEIGHTS,),
-        matched=tuple(sorted(source.state)),
-        missing=(),
-        unexpected=(),
-        left_out={},
-        max_abs_difference=difference.max_abs,
-        feature_scale=difference.scale,
-        tolerance=difference.tolerance,
-        note=note,
-    )
+    return conclude(FORMAT, consumer, (WEIGHTS,), source.state, difference, note)
 
 
 def _vit(vit: PlainViT) -> tuple[dict[str, Tensor], str]:

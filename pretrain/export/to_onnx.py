@@ -1,7 +1,7 @@
 """Export as one ONNX graph: normalised images -> the feature of each image, and all tokens.
 
-The positions are baked in for the model's own image size, so the graph resizes nothing. Opset 18 is what torch's
-exporter itself writes; onnxruntime reads it from 1.14 on, TensorRT and OpenVINO for as long.
+The positions are baked in for the model's own image size, so the graph resizes nothing. Opset 18 is what
+torch's exporter itself writes; onnxruntime reads it from 1.14 on, TensorRT and OpenVINO for as long.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import UserError
-from pretrain.export.comparison import Difference, compare, seeded_images
+from pretrain.export.comparison import Difference, compare, conclude, seeded_images
 from pretrain.export.parity import ParityError
 from pretrain.export.proof import Proof
 from pretrain.export.quiet import quiet
@@ -75,20 +75,13 @@ def write(
         _describe(program.model, source)
         program.save(folder / GRAPH, external_data=num_bytes > _LARGEST_FILE_BYTES)
     difference = _prove(folder, source, whole, batch_sizes=(1, 3) if dynamic_batch else (1,))
-    return Proof(
-        format=FORMAT,
-        consumer=f"onnxruntime {importlib.metadata.version('onnxruntime')}",
-        files=tuple(sorted(path.name for path in folder.iterdir() if path.name.startswith(GRAPH))),
-        matched=tuple(sorted(source.state)),
-        missing=(),
-        unexpected=(),
-        left_out={},
-        max_abs_difference=difference.max_abs,
-        feature_scale=difference.scale,
-        tolerance=difference.tolerance,
-        note=f"opset {opset}; `{INPUT}` are {'any number of' if dynamic_batch else 'one'} normalised RGB "
-        f"images of {source.backbone.img_px} px, mean and std stand in the graph's metadata",
+    consumer = f"onnxruntime {importlib.metadata.version('onnxruntime')}"
+    files = sorted(path.name for path in folder.iterdir() if path.name.startswith(GRAPH))
+    note = (
+        f"opset {opset}; `{INPUT}` takes {'any number of images' if dynamic_batch else 'one image'} of "
+        f"{source.backbone.img_px} px, RGB, normalised by the mean and std in the graph's metadata"
     )
+    return conclude(FORMAT, consumer, files, source.state, difference, note)
 
 
 def _describe(graph: Any, source: RunWeights) -> None:

@@ -1,9 +1,9 @@
 """Export for mmpretrain, mmsegmentation or mmdetection: weights, and a config whose backbone loads them.
 
-The first lines of backbone.py tell how a config takes it over; the file names its weights by the folder that it
-lies in. The three read one file in three ways: mmengine's loader takes what stands behind
-`prefix`; mmdetection's Swin takes what begins with `backbone.` and drops the rest unsaid; mmsegmentation's ViT
-strips no prefix and finds nothing in a file that has one. So the names follow the reader.
+The first lines of backbone.py tell how a config takes it over; the file names its weights by the folder that
+it lies in. The three read one file in three ways: mmengine's loader takes what stands behind `prefix`;
+mmdetection's Swin takes what begins with `backbone.` and drops the rest unsaid; mmsegmentation's ViT strips
+no prefix and finds nothing in a file that has one. So the names follow the reader.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.export.comparison import Difference, compare, refuse_changes, seeded_images
+from pretrain.export.comparison import Difference, compare, conclude, refuse_changes, seeded_images
 from pretrain.export.consumer import AbsentError, import_consumer, version_of
 from pretrain.export.detector_maps import last_map
 from pretrain.export.plain_swin import PlainSwin, plain_swin
@@ -32,6 +32,7 @@ from pretrain.models.backbone import Backbone, layout_of
 Library: TypeAlias = Literal["mmpretrain", "mmseg", "mmdet"]
 WEIGHTS, CONFIG = "backbone.pth", "backbone.py"
 PREFIX = "backbone."
+_DISTRIBUTIONS = {"mmseg": "mmsegmentation"}  # whose name is not that of the module
 
 _VIT: Table = {
     "patch_embed.proj.*": "patch_embed.projection.*",
@@ -70,6 +71,11 @@ def write(folder: Path, source: RunWeights, model: Backbone, library: Library = 
         plain = plain_swin(library, source, model, any_maps=library != "mmpretrain")
         backbone, tensors = _swin(plain, library)
     else:
+        if library == "mmdet":
+            raise UserError(
+                "--format mmdet: mmdetection 3 has no Vision Transformer of its own; use --format "
+                f"mmpretrain, whose {CONFIG} mmdetection takes too, with mmpretrain installed"
+            )
         plain = plain_vit(library, source, model)
         refuse_registers(library, plain, source)
         backbone, tensors = _vit(plain, library)
@@ -88,27 +94,11 @@ def write(folder: Path, source: RunWeights, model: Backbone, library: Library = 
         difference = _prove(folder, source, model, plain, library, prefix)
     except AbsentError as absent:
         note += f"; {absent}"
-    return Proof(
-        format=library,
-        consumer=f"{version_of('mmsegmentation' if library == 'mmseg' else library)} {backbone['type']}",
-        files=(WEIGHTS, CONFIG),
-        matched=tuple(sorted(source.state)),
-        missing=(),
-        unexpected=(),
-        left_out={},
-        max_abs_difference=difference.max_abs if difference else None,
-        feature_scale=difference.scale if difference else None,
-        tolerance=difference.tolerance if difference else None,
-        note=note,
-    )
+    consumer = f"{version_of(_DISTRIBUTIONS.get(library, library))} {backbone['type']}"
+    return conclude(library, consumer, (WEIGHTS, CONFIG), source.state, difference, note)
 
 
 def _vit(vit: PlainViT, library: Library) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if library == "mmdet":
-        raise UserError(
-            "--format mmdet: mmdetection 3 has no Vision Transformer of its own; use --format mmpretrain, whose "
-            "backbone.py mmdetection loads as type='mmpretrain.VisionTransformer'"
-        )
     norm = {"type": "LN", "eps": NORM_EPS}
     backbone = {
         "type": f"{library}.VisionTransformer",
@@ -181,7 +171,7 @@ def _unfolded(name: str, tensor: Tensor) -> Tensor:
     """
     if ".downsample." not in name:
         return tensor
-    neighbours = tensor.unflatten(-1, (4, -1))  # (..., 4, C)
+    neighbours = tensor.reshape(*tensor.shape[:-1], 4, -1)  # (..., 4, C)
     return neighbours[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2)
 
 
@@ -238,7 +228,7 @@ def _prove(
             config.out_indices = [plain.last_stage]
         network = registry.build(config)
         network.init_weights()
-    consumer = version_of(library)
+    consumer = version_of(_DISTRIBUTIONS.get(library, library))
     written = load_tensors(folder / WEIGHTS)["state_dict"]
     written = {key.removeprefix(prefix): value for key, value in written.items()}
     refuse_changes(consumer, written, network.state_dict())
@@ -254,5 +244,5 @@ def _prove(
             expected = reference.forward_features(images)
             if library == "mmseg":
                 layout = layout_of(source.backbone, source.registers)
-                expected = layout.patches(expected).mT.unflatten(2, layout.grid)
+                expected = layout.patches(expected).mT.reshape(*found.shape[:2], *layout.grid)
     return compare(consumer, {"features": expected}, {"features": found})

@@ -1,7 +1,7 @@
 """Export as a state dictionary for torchvision's own VisionTransformer and SwinTransformer.
 
-A `.pth` file, not safetensors: `model.load_state_dict(torch.load(FILE, weights_only=True))` is how torchvision's
-users and its reference scripts load weights. Beside it stand the arguments of the constructor.
+A `.pth` file, not safetensors: `model.load_state_dict(torch.load(FILE, weights_only=True))` is how
+torchvision's users and its reference scripts load weights. Beside it stand the arguments of the constructor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torchvision.models import swin_transformer, vision_transformer
 
-from pretrain.export.comparison import Difference, compare, refuse_strangers, seeded_images
+from pretrain.export.comparison import Difference, compare, conclude, refuse_strangers, seeded_images
 from pretrain.export.plain_swin import plain_swin
 from pretrain.export.plain_vit import plain_vit, refuse_no_class_token, refuse_registers
 from pretrain.export.proof import Proof
@@ -62,20 +62,11 @@ def write(folder: Path, source: RunWeights, model: Backbone) -> Proof:
     (folder / ARGUMENTS).write_text(json.dumps(description, indent=2) + "\n")
     consumer = f"torchvision {torchvision.__version__} {name}"
     difference = _prove(folder, source, model, consumer)
-    return Proof(
-        format=FORMAT,
-        consumer=consumer,
-        files=(WEIGHTS, ARGUMENTS),
-        matched=tuple(sorted(source.state)),
-        missing=(),
-        unexpected=(),
-        left_out={},
-        max_abs_difference=difference.max_abs,
-        feature_scale=difference.scale,
-        tolerance=difference.tolerance,
-        note=f"build the model with the arguments in {ARGUMENTS}; the file has no classifier, so set "
-        f"`model.{_head(name)} = torch.nn.Identity()`, or load with strict=False to train a new one",
+    note = (
+        f"build the model with the arguments in {ARGUMENTS}; the file has no classifier, so set "
+        f"`model.{_head(name)} = torch.nn.Identity()`, or load with strict=False to train a new one"
     )
+    return conclude(FORMAT, consumer, (WEIGHTS, ARGUMENTS), source.state, difference, note)
 
 
 def _head(name: str) -> str:
@@ -133,7 +124,7 @@ def _swin_table(num_stages: int) -> Table:
 
 def _prove(folder: Path, source: RunWeights, reference: Backbone, consumer: str) -> Difference:
     arguments = json.loads((folder / ARGUMENTS).read_text())["arguments"]
-    model: nn.Module
+    model: Any
     with torch.random.fork_rng(devices=[]):
         if isinstance(reference, SwinTransformer):
             model = swin_transformer.SwinTransformer(**arguments)

@@ -1,8 +1,8 @@
 """Export as a folder for Hugging Face transformers: `AutoModel.from_pretrained(FOLDER)`.
 
-A ViT becomes a ViTModel; with more than one prefix token a Dinov2WithRegistersModel, whose layer scales are set
-to one; without any an IJepaModel; a Swin a SwinModel. Tensors bear the names of transformers 4, which version 5
-reads as well. Nothing of transformers is needed to write the folder, only to prove it.
+A ViT becomes a ViTModel; with more than one prefix token a Dinov2WithRegistersModel, whose layer scales are
+set to one; without any an IJepaModel; a Swin a SwinModel. Tensors bear the names of transformers 4, which
+version 5 reads as well. Nothing of transformers is needed to write the folder, only to prove it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
-from pretrain.export.comparison import Difference, compare, refuse_strangers, seeded_images
+from pretrain.errors import UserError
+from pretrain.export.comparison import Difference, compare, conclude, refuse_strangers, seeded_images
 from pretrain.export.parity import ParityError
 from pretrain.export.plain_swin import NORM_EPS as SWIN_NORM_EPS
 from pretrain.export.plain_swin import plain_swin
@@ -34,6 +35,7 @@ from pretrain.export.timm_folder import crop_ratio
 from pretrain.models.backbone import Backbone
 
 FORMAT = "transformers"
+OLDEST = (4, 50)  # knows `pooler_act`
 _PIL_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
 _FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
@@ -83,6 +85,12 @@ _SWIN: Table = {
 
 def write(folder: Path, source: RunWeights, model: Backbone) -> Proof:
     """Write config.json, model.safetensors and preprocessor_config.json; reopen them with transformers."""
+    version = importlib.metadata.version("transformers") if find_spec("transformers") else None
+    if version is not None and tuple(map(int, version.split(".")[:2])) < OLDEST:
+        raise UserError(
+            f"--format transformers: transformers {version} cannot hand the class token on as pooler_output; "
+            f"pip install 'transformers>={'.'.join(map(str, OLDEST))}'"
+        )
     if isinstance(model, SwinTransformer):
         config, tensors = _swin(source, model)
         note = "pooler_output is the mean of the last map"
@@ -95,27 +103,13 @@ def write(folder: Path, source: RunWeights, model: Backbone) -> Proof:
     _write_json(folder / "preprocessor_config.json", _preprocessing(source))
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    architecture = config["architectures"][0]
-    consumer = f"transformers {architecture}"
-    difference = None
-    if find_spec("transformers") is None:
+    consumer, difference = f"transformers {config['architectures'][0]}", None
+    if version is None:
         note += "; transformers is not installed here, so its reading is not proved"
     else:
-        consumer = f"transformers {importlib.metadata.version('transformers')} {architecture}"
+        consumer = consumer.replace("transformers", f"transformers {version}")
         difference = _prove(folder, source, model, consumer)
-    return Proof(
-        format=FORMAT,
-        consumer=consumer,
-        files=_FILES,
-        matched=tuple(sorted(source.state)),
-        missing=(),
-        unexpected=(),
-        left_out={},
-        max_abs_difference=difference.max_abs if difference else None,
-        feature_scale=difference.scale if difference else None,
-        tolerance=difference.tolerance if difference else None,
-        note=note,
-    )
+    return conclude(FORMAT, consumer, _FILES, source.state, difference, note)
 
 
 def _vit(vit: PlainViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -180,7 +174,7 @@ def _what_is_pooled(vit: PlainViT) -> str:
     if vit.leader is None:
         return "there is no pooler_output: the feature of an image is the mean of last_hidden_state"
     if vit.has_class_token:
-        return "pooler_output is the class token (with transformers before 4.49, its tanh)"
+        return "pooler_output is the class token (with transformers before 4.50, its tanh)"
     return (
         "the first register stands where transformers has the class token, also as pooler_output; the "
         "feature of an image is the mean of the patch tokens"
