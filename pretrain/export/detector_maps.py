@@ -12,7 +12,7 @@ from pretrain.models.backbone import Backbone, create_backbone, encode, layout_o
 
 @torch.inference_mode()
 def patches_alone(source: RunWeights, model: Backbone, images: Tensor) -> Tensor:
-    """The map after the last block, before the final norm, of a ViT without its prefix tokens: (B, D, h, w)"""
+    """The map after the last block, before the final norm, of a ViT that sees patches only: (B, D, h, w)"""
     args = source.backbone.args | {"reg_tokens": 0}
     config = source.backbone.model_copy(update={"class_token": False, "args": args})
     prefix = ("cls_token", "reg_token")

@@ -1,0 +1,71 @@
+"""Small models of every kind that a format must hold or refuse, as a run leaves them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from run_folder import TINY, random_state, tiny_config, write_checkpoint
+
+from pretrain.export.parity import ParityError, rebuild
+from pretrain.export.source import RunWeights, read_weights
+from pretrain.models.backbone import Backbone, BackboneConfig
+
+SWIN_ARGS: dict[str, Any] = {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 2}
+SWIN = BackboneConfig(name="swin_tiny_patch4_window7_224", img_px=32, patch_px=4, args=SWIN_ARGS)
+ODD_MAPS = SWIN.model_copy(update={"args": SWIN_ARGS | {"window_size": 3}})  # 8 and 4 are not threes
+EXTRAS = TINY | {"init_values": 0.5, "qkv_bias": False}  # layer scales; queries, keys, values without bias
+
+KINDS: dict[str, tuple[BackboneConfig, tuple[str, ...]]] = {
+    "class token": (tiny_config(), ()),
+    "registers": (tiny_config(), ("rotation", "cluster")),
+    "registers without positions of their own": (
+        tiny_config(args=TINY | {"no_embed_class": True}),
+        ("rotation", "cluster"),
+    ),
+    "patches only": (tiny_config(class_token=False), ()),
+    "patches with fixed positions": (tiny_config(class_token=False, pos_embed="sincos"), ()),
+    "one register, no class token": (tiny_config(class_token=False), ("rotation",)),
+    "no positions": (tiny_config(pos_embed="none"), ()),
+    "extras": (tiny_config(args=EXTRAS), ()),
+    "swin": (SWIN, ()),
+    "swin with odd maps": (ODD_MAPS, ()),
+    "other activation": (tiny_config(args=TINY | {"act_layer": "quick_gelu"}), ()),
+    "norm before blocks": (tiny_config(args=TINY | {"pre_norm": True}), ()),
+}
+
+
+def load(kind: str, folder: Path) -> tuple[RunWeights, Backbone]:
+    """What the exporters are handed: the weights of a checkpoint and the network rebuilt from them."""
+    config, registers = KINDS[kind]
+    write_checkpoint(
+        folder / "run", config, registers, networks={"student": random_state(config, len(registers))}
+    )
+    source = read_weights(folder / "run")
+    return source, rebuild(source)
+
+
+def every_tensor_counts(
+    module: ModuleType, kind: str, folder: Path, left_out: tuple[str, ...] = (), **options: Any
+) -> None:
+    """An export in which one tensor is another than the reference's must fail, whichever it is.
+
+    One of each role: of the tensors of many blocks, those of the last. left_out: those that change nothing.
+    """
+    source, model = load(kind, folder)
+    generator = torch.Generator().manual_seed(1)
+    roles = {re.sub(r"\d+", "N", name): name for name in source.state}
+    for number, name in enumerate(roles.values()):
+        tensor = source.state[name]
+        noise = 0.1 * torch.randn(tensor.shape, generator=generator)
+        other = replace(source, state={**source.state, name: tensor + noise})
+        if name in left_out:
+            module.write(folder / str(number), other, model, **options)
+        else:
+            with pytest.raises(ParityError, match="differs by"):
+                module.write(folder / str(number), other, model, **options)
