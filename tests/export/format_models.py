@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[BackboneConfig, tuple[str, ...]]] = {
     ),
     "patches only": (tiny_config(class_token=False), ()),
     "patches with fixed positions": (tiny_config(class_token=False, pos_embed="sincos"), ()),
+    "one block of patches": (tiny_config(class_token=False, args=TINY | {"depth": 1}), ()),
     "one register, no class token": (tiny_config(class_token=False), ("rotation",)),
     "no positions": (tiny_config(pos_embed="none"), ()),
     "extras": (tiny_config(args=EXTRAS), ()),

@@ -1,0 +1,118 @@
+"""The exported graph gives the checkpoint's features in onnxruntime, and carries what a user must know."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from format_models import load
+
+from pretrain.errors import UserError
+from pretrain.export import to_onnx
+from pretrain.export.parity import ParityError
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+
+def open_graph(folder: Path) -> Any:
+    return onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+def test_a_graph_for_any_batch_gives_features_and_tokens(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, model = load("registers", tmp_path)
+    proof = to_onnx.write(tmp_path / "out", source, model)
+    assert capfd.readouterr() == ("", "")
+    assert set(proof.matched) == set(source.state)
+    assert proof.max_abs_difference is not None
+    assert proof.tolerance is not None
+    assert proof.max_abs_difference <= proof.tolerance
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]  # weights inside
+    session = open_graph(tmp_path / "out")
+    (images,) = session.get_inputs()
+    assert (images.name, images.shape) == ("images", ["batch", 3, 32, 32])
+    for batch_size in (1, 5):
+        values = torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(batch_size))
+        features, tokens = session.run(["features", "tokens"], {"images": values.numpy()})
+        with torch.inference_mode():
+            expected = model.forward_features(values)
+        torch.testing.assert_close(torch.from_numpy(tokens), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(features), expected[:, 0], rtol=0, atol=1e-4)
+    graph = onnx.load(tmp_path / "out" / "model.onnx")
+    told = {entry.key: entry.value for entry in graph.metadata_props}
+    assert tuple(json.loads(told["mean"])) == source.mean
+    assert told["interpolation"] == "bilinear"
+    assert graph.opset_import[0].version == 18
+    # the exporter writes down where it traced each node: paths of this machine
+    assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)
+
+
+def test_a_swin_for_one_image_with_its_weights_in_a_file_beside_the_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is for models past protobuf's limit of 2 GiB."""
+    source, model = load("swin with odd maps", tmp_path)
+    monkeypatch.setattr(to_onnx, "_LARGEST_FILE_BYTES", 1000)
+    proof = to_onnx.write(tmp_path / "out", source, model, dynamic_batch=False)
+    assert proof.files == ("model.onnx", "model.onnx.data")
+    assert "one image of 32 px" in proof.note
+    session = open_graph(tmp_path / "out")
+    assert session.get_inputs()[0].shape == [1, 3, 32, 32]
+    assert session.get_outputs()[1].shape == [1, 4, 4, 16]  # the last map
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    (features,) = session.run(["features"], {"images": images.numpy()})
+    with torch.inference_mode():
+        expected = model.forward_features(images).mean(dim=(1, 2))
+    torch.testing.assert_close(torch.from_numpy(features), expected, rtol=0, atol=1e-4)
+
+
+def test_a_graph_with_another_weight_fails_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, model = load("one block of patches", tmp_path)
+    describe = to_onnx._describe
+
+    def damage(graph: Any, *arguments: Any) -> None:
+        describe(graph, *arguments)
+        bias = graph.graph.initializers["backbone.norm.bias"]
+        changed = bias.const_value.numpy().copy()
+        changed[7] += 0.01
+        bias.const_value = type(bias.const_value)(torch.from_numpy(changed), name=bias.name)
+
+    monkeypatch.setattr(to_onnx, "_describe", damage)
+    with pytest.raises(ParityError, match="onnxruntime: features of 1 differs by"):
+        to_onnx.write(tmp_path / "out", source, model, dynamic_batch=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["class token", "patches only", "no positions", "extras", "swin"])
+def test_every_kind_of_backbone_gives_its_features_for_any_batch(kind: str, tmp_path: Path) -> None:
+    source, model = load(kind, tmp_path)
+    proof = to_onnx.write(tmp_path / "out", source, model)
+    assert set(proof.matched) == set(source.state)
+    shape = open_graph(tmp_path / "out").get_inputs()[0].shape
+    assert shape == ["batch", 3, 32, 32]
+
+
+def test_an_opset_that_torch_does_not_write_is_refused(tmp_path: Path) -> None:
+    source, model = load("class token", tmp_path)
+    with pytest.raises(UserError, match="opset 17 is older than 18"):
+        to_onnx.write(tmp_path / "out", source, model, opset=17)
+    assert not (tmp_path / "out").exists()
+
+
+def test_absent_libraries_are_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, model = load("class token", tmp_path)
+    find = importlib.util.find_spec
+    hidden = ("onnxscript", "onnxruntime")
+    monkeypatch.setattr(to_onnx, "find_spec", lambda name: None if name in hidden else find(name))
+    with pytest.raises(
+        UserError, match=r"needs onnxscript and onnxruntime; pip install 'pretrain\[export\]'"
+    ):
+        to_onnx.write(tmp_path / "out", source, model)
