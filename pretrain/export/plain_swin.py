@@ -31,16 +31,12 @@ class PlainSwin:
     num_heads: tuple[int, ...]
     mlp_ratio: int
     window: int  # tokens per side
+    large_image_px: int  # an image whose every map holds more than one window, and whole windows only
     tensors: dict[str, Tensor]  # by the authors' names, index buffers among them
 
     @property
     def last_stage(self) -> int:
         return len(self.depths) - 1
-
-    @property
-    def large_image_px(self) -> int:
-        """The smallest image whose every map holds more than one window, and whole windows only."""
-        return self.patch_px * self.window << len(self.depths)
 
 
 def plain_swin(format: str, source: RunWeights, model: SwinTransformer, any_maps: bool = False) -> PlainSwin:
@@ -70,6 +66,7 @@ def plain_swin(format: str, source: RunWeights, model: SwinTransformer, any_maps
         num_heads=tuple(int(stage.blocks[0].attn.num_heads) for stage in model.layers),
         mlp_ratio=blocks[0].mlp.fc1.out_features // blocks[0].dim,
         window=windows[0],
+        large_image_px=source.backbone.token_px * windows[0] * 2,
         tensors=original_names(source, model),
     )
 

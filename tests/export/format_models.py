@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +31,15 @@ KINDS: dict[str, tuple[BackboneConfig, tuple[str, ...]]] = {
     ),
     "patches only": (tiny_config(class_token=False), ()),
     "patches with fixed positions": (tiny_config(class_token=False, pos_embed="sincos"), ()),
+    "one block": (tiny_config(args=TINY | {"depth": 1}), ()),
     "one block of patches": (tiny_config(class_token=False, args=TINY | {"depth": 1}), ()),
     "one register, no class token": (tiny_config(class_token=False), ("rotation",)),
     "no positions": (tiny_config(pos_embed="none"), ()),
     "extras": (tiny_config(args=EXTRAS), ()),
     "swin": (SWIN, ()),
     "swin with odd maps": (ODD_MAPS, ()),
+    "swin with small maps": (SWIN.model_copy(update={"args": SWIN_ARGS | {"window_size": 7}}), ()),
+    "wide blocks": (tiny_config(args=TINY | {"mlp_ratio": 2.5}), ()),
     "other activation": (tiny_config(args=TINY | {"act_layer": "quick_gelu"}), ()),
     "norm before blocks": (tiny_config(args=TINY | {"pre_norm": True}), ()),
 }
@@ -49,6 +53,20 @@ def load(kind: str, folder: Path) -> tuple[RunWeights, Backbone]:
     )
     source = read_weights(folder / "run")
     return source, rebuild(source)
+
+
+def recorded_tensors(consumer: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a class of another library has, for "one block" or "swin".
+
+    Recorded from the classes themselves: detectron2 at commit 02b5c4e2, mmpretrain 1.2.0, mmsegmentation
+    1.2.2, mmdetection 3.3.0 (whose Swin has the names of the other two's).
+    """
+    recorded = json.loads((Path(__file__).parent / "consumer_tensors.json").read_text())[consumer]
+    return {name: tuple(shape) for name, shape in recorded.items()}
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def every_tensor_counts(
