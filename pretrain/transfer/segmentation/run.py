@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pretrain.errors import ConfigError, cannot_write
+from pretrain.errors import ConfigError
 from pretrain.evaluate.encoder import UNTRAINED
 from pretrain.evaluate.report import hardware, results_folder, save_result, versions
 from pretrain.export.source import WeightsName
@@ -27,7 +27,7 @@ from pretrain.transfer.segmentation.scores import majority, scores
 from pretrain.transfer.segmentation.segmenter import Segmenter, build_segmenter, losses
 from pretrain.transfer.segmentation.synchronized import synchronized
 from pretrain.transfer.segmentation.testing import Classes, Image, See, chosen, segmenter_confusion
-from pretrain.transfer.segmentation.trained import read_trained, write_trained
+from pretrain.transfer.segmentation.trained import cannot_write, read_trained, write_trained
 from pretrain.transfer.training import TrainingConfig, parameter_groups, train
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,14 @@ def run_segmentation(request: SegmentationRequest, recipe: SegmentationRecipe) -
     segmenter = build_segmenter(request.name, recipe, len(labels.classes), request.network)
     _refuse_lonely_places(recipe)
     trained = read_trained(folder, segmenter, recipe, labels.classes) if request.evaluate_only else None
+    if accelerator.is_main_process:
+        logger.info("looking at %d images and masks", sum(len(split.scenes) for split in splits.values()))
     sets = {role: open_scenes(split, labels) for role, split in splits.items()}
     if accelerator.is_main_process:
         _tell_data(sets)
 
     history: list[dict[str, Any]] = []
+    _guarded(folder, partial(folder.mkdir, parents=True, exist_ok=True))  # told before training, not after
     if trained is None:
         history = _train(segmenter, sets, recipe, request, accelerator, folder)
         if accelerator.is_main_process:

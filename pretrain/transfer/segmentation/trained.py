@@ -14,12 +14,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.errors import CheckpointError, UserError, cannot_write
+from pretrain.errors import CheckpointError, UserError
 from pretrain.export.source import sha256_of
 from pretrain.transfer.segmentation.recipe import SegmentationRecipe
 from pretrain.transfer.segmentation.segmenter import Segmenter
 
 WEIGHTS, DESCRIPTION = "segmenter.safetensors", "segmenter.json"
+
+
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"--out {folder}: cannot be written ({error.strerror or error}); make room, or choose another folder"
+    )
 
 
 def write_trained(
