@@ -21,10 +21,9 @@ class Difference:
     tolerance: float  # allowed max_abs
 
 
-def seeded_images(side_px: int, num_images: int = 2) -> Tensor:
+def seeded_images(height_px: int, width_px: int, num_images: int = 2) -> Tensor:
     """Normalised images, the same on every call: float32 (B, 3, H, W)"""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_images, 3, side_px, side_px, generator=generator)
+    return torch.randn(num_images, 3, height_px, width_px, generator=torch.Generator().manual_seed(0))
 
 
 def compare(

@@ -48,6 +48,8 @@ def plain_swin(format: str, source: RunWeights, model: SwinTransformer, any_maps
     windows = sorted({side for block in blocks for side in block.window_size})
     maps = [stage.output_resolution[0] for stage in model.layers]
     strange = next(_strange_parts(blocks), "")
+    if len(set(model.patch_embed.img_size)) > 1:
+        strange = "its images are not square"
     if not strange and (len(windows) > 1 or not (any_maps or all(side % windows[0] == 0 for side in maps))):
         strange = (
             f"its maps of {', '.join(map(str, maps))} tokens per side are not whole windows of one size "
@@ -59,7 +61,7 @@ def plain_swin(format: str, source: RunWeights, model: SwinTransformer, any_maps
             f"{strange}; use --format timm or onnx"
         )
     return PlainSwin(
-        img_px=source.backbone.img_px,
+        img_px=int(model.patch_embed.img_size[0]),
         patch_px=source.backbone.patch_px,
         dim=int(model.embed_dim),
         depths=tuple(len(stage.blocks) for stage in model.layers),

@@ -39,6 +39,7 @@ class PlainViT:
     registers: Tensor  # the other prefix tokens with their positions, (1, R, D)
     patch_positions: Tensor  # (1, P, D), zero where the model has none
     has_class_token: bool
+    is_pooled_by_token: bool  # its class token is the feature of an image
     blocks: dict[str, Tensor]  # all the rest by timm's names
 
     @property
@@ -68,7 +69,7 @@ def plain_vit(format: str, source: RunWeights, model: Backbone) -> PlainViT:
         if not model.no_embed_class:
             prefix_positions = state["pos_embed"][:, :num_prefix]
     return PlainViT(
-        img_px=source.backbone.img_px,
+        img_px=int(model.patch_embed.img_size[0]),
         patch_px=source.backbone.patch_px,
         dim=dim,
         depth=len(model.blocks),
@@ -79,6 +80,7 @@ def plain_vit(format: str, source: RunWeights, model: Backbone) -> PlainViT:
         registers=prefix[:, 1:] + prefix_positions[:, 1:],
         patch_positions=patch_positions,
         has_class_token=model.cls_token is not None,
+        is_pooled_by_token=model.global_pool == "token",
         blocks=_blocks({name: state[name] for name in state if name not in _TOKENS}, len(model.blocks)),
     )
 
@@ -101,8 +103,18 @@ def refuse_no_class_token(format: str, vit: PlainViT) -> None:
         )
 
 
+def feature_of_image(vit: PlainViT) -> str:
+    """For notes, where the consumer hands out the first token by itself."""
+    if vit.is_pooled_by_token:
+        return "the feature of an image is the class token"
+    first = "class token" if vit.has_class_token else "first register, in the place of a class token"
+    return f"the feature of an image is the mean of the patch tokens, not the first token (here the {first})"
+
+
 def _strange_parts(model: VisionTransformer) -> Iterator[str]:
     """What no other library's plain ViT has, one phrase each; compared features are the last word."""
+    if len(set(model.patch_embed.img_size)) > 1:
+        yield f"it is for images of {' x '.join(map(str, model.patch_embed.img_size))} px, not square ones"
     if type(model.patch_embed) is not PatchEmbed or not isinstance(model.patch_embed.norm, nn.Identity):
         yield f"its patches are embedded by {type(model.patch_embed).__name__}"
     if not isinstance(model.norm_pre, nn.Identity):

@@ -115,12 +115,12 @@ def _prove(folder: Path, source: RunWeights, reference: Backbone, plain: PlainSw
     arguments = json.loads((folder / ARGUMENTS).read_text())["arguments"]
     with quiet(), torch.random.fork_rng(devices=[]):  # it imports deprecated names of timm
         if isinstance(plain, PlainSwin):
-            images = seeded_images(plain.large_image_px, num_images=1)
+            images = seeded_images(plain.large_image_px, plain.large_image_px, num_images=1)
             expected = last_map(source, reference, images)
             outputs = {"out_indices": (plain.last_stage,), "drop_path_rate": 0.0}
             network = backbones.swin.SwinTransformer(**arguments, **outputs)
         else:
-            images = seeded_images(plain.img_px)
+            images = seeded_images(plain.img_px, plain.img_px)
             expected = patches_alone(source, reference, images)
             norm = partial(nn.LayerNorm, eps=NORM_EPS)
             network = backbones.ViT(**arguments, img_size=plain.img_px, norm_layer=norm)

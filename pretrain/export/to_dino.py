@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pretrain.export.comparison import Difference, compare, conclude, refuse_strangers, seeded_images
 from pretrain.export.plain_swin import original_names
-from pretrain.export.plain_vit import PlainViT, plain_vit, refuse_no_class_token
+from pretrain.export.plain_vit import PlainViT, feature_of_image, plain_vit, refuse_no_class_token
 from pretrain.export.proof import Proof
 from pretrain.export.source import RunWeights
 from pretrain.export.torch_file import load_tensors, save_tensors
@@ -72,9 +72,7 @@ def _note(vit: PlainViT) -> str:
     else:
         note = "for DINO's class with qkv_bias=True and a norm epsilon of 1e-6"
     note += f", img_size={vit.img_px}, patch_size={vit.patch_px}; its loader must say that all keys matched"
-    if not vit.has_class_token:
-        note += "; cls_token is the first register"
-    return note
+    return f"{note}; {feature_of_image(vit)}"
 
 
 def _prove(
@@ -94,7 +92,7 @@ def _prove(
     from_original = swin_from_original if vit is None else vit_from_original
     loading = model.load_state_dict(from_original(state, model), strict=False)
     refuse_strangers(consumer, loading.missing_keys, loading.unexpected_keys)
-    images = seeded_images(source.backbone.img_px)
+    images = seeded_images(*reference.patch_embed.img_size)
     with torch.inference_mode():
         expected = {"tokens": reference.forward_features(images)}
         found = {"tokens": model.eval().forward_features(images)}  # type: ignore[operator]

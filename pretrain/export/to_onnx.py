@@ -60,11 +60,12 @@ def write(
         raise UserError(f"--format onnx: opset {opset} is older than {OPSET}, the oldest that torch writes")
     folder.mkdir(parents=True, exist_ok=True)
     whole = _PooledAndTokens(model).eval()
+    height, width = model.patch_embed.img_size
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     with quiet():
         program = torch.onnx.export(
             whole,
-            (seeded_images(source.backbone.img_px, 2 if dynamic_batch else 1),),
+            (seeded_images(height, width, 2 if dynamic_batch else 1),),
             input_names=[INPUT],
             output_names=list(OUTPUTS),
             opset_version=opset,
@@ -74,12 +75,12 @@ def write(
         assert program is not None
         _describe(program.model, source)
         program.save(folder / GRAPH, external_data=num_bytes > _LARGEST_FILE_BYTES)
-    difference = _prove(folder, source, whole, batch_sizes=(1, 3) if dynamic_batch else (1,))
+    difference = _prove(folder, whole, batch_sizes=(1, 3) if dynamic_batch else (1,))
     consumer = f"onnxruntime {importlib.metadata.version('onnxruntime')}"
     files = sorted(path.name for path in folder.iterdir() if path.name.startswith(GRAPH))
     note = (
         f"opset {opset}; `{INPUT}` takes {'any number of images' if dynamic_batch else 'one image'} of "
-        f"{source.backbone.img_px} px, RGB, normalised by the mean and std in the graph's metadata"
+        f"{height} x {width} px, RGB, normalised by the mean and std in the graph's metadata"
     )
     return conclude(FORMAT, consumer, files, source.state, difference, note)
 
@@ -100,9 +101,7 @@ def _describe(graph: Any, source: RunWeights) -> None:
         node.doc_string = None
 
 
-def _prove(
-    folder: Path, source: RunWeights, whole: _PooledAndTokens, batch_sizes: tuple[int, ...]
-) -> Difference:
+def _prove(folder: Path, whole: _PooledAndTokens, batch_sizes: tuple[int, ...]) -> Difference:
     import onnx
     import onnxruntime
 
@@ -115,8 +114,9 @@ def _prove(
     if names != ([INPUT], list(OUTPUTS)):
         raise ParityError(f"onnxruntime: the graph has inputs {names[0]} and outputs {names[1]}")
     expected, found = {}, {}
+    height, width = whole.backbone.patch_embed.img_size
     for size in batch_sizes:
-        images = seeded_images(source.backbone.img_px, size)
+        images = seeded_images(height, width, size)
         with torch.inference_mode():
             ours = whole(images)
         theirs = session.run(list(OUTPUTS), {INPUT: images.numpy()})

@@ -117,7 +117,7 @@ def _vit(vit: PlainViT, library: Library) -> tuple[dict[str, Any], dict[str, Ten
             "num_heads": vit.num_heads,
             "feedforward_channels": vit.mlp_dim,
         }
-        backbone["out_type"] = "cls_token" if vit.has_class_token else "featmap"
+        backbone["out_type"] = "cls_token" if vit.leader is not None and vit.is_pooled_by_token else "featmap"
         if vit.leader is None:
             return backbone, {"pos_embed": vit.patch_positions, **tensors}
         return backbone, {"cls_token": vit.leader, "pos_embed": vit.positions, **tensors}
@@ -203,9 +203,9 @@ def _note(plain: PlainSwin | PlainViT) -> str:
     note = f"the first lines of {CONFIG} tell how a config takes it over"
     if isinstance(plain, PlainSwin):
         return note + "; norms that a detector puts on the earlier maps start anew"
-    if plain.leader is None:
-        return note + "; the feature of an image is the mean of the map (avg_featmap would add a second norm)"
-    return note
+    if plain.is_pooled_by_token:
+        return note
+    return note + "; the feature of an image is the mean of the map (avg_featmap would add a second norm)"
 
 
 def _prove(
@@ -233,8 +233,10 @@ def _prove(
     written = {key.removeprefix(prefix): value for key, value in written.items()}
     refuse_changes(consumer, written, network.state_dict())
     # the detectors' Swin shifts windows even where a map is a single one
-    large = isinstance(plain, PlainSwin) and library != "mmpretrain"
-    images = seeded_images(plain.large_image_px if large else plain.img_px, 1 if large else 2)  # type: ignore
+    if isinstance(plain, PlainSwin) and library != "mmpretrain":
+        images = seeded_images(plain.large_image_px, plain.large_image_px, num_images=1)
+    else:
+        images = seeded_images(plain.img_px, plain.img_px)
     with torch.inference_mode():
         network.eval()  # some of theirs return nothing
         found = network(images)[-1]

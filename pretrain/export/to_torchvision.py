@@ -18,7 +18,13 @@ from torchvision.models import swin_transformer, vision_transformer
 
 from pretrain.export.comparison import Difference, compare, conclude, refuse_strangers, seeded_images
 from pretrain.export.plain_swin import plain_swin
-from pretrain.export.plain_vit import plain_vit, refuse_no_class_token, refuse_registers
+from pretrain.export.plain_vit import (
+    PlainViT,
+    feature_of_image,
+    plain_vit,
+    refuse_no_class_token,
+    refuse_registers,
+)
 from pretrain.export.proof import Proof
 from pretrain.export.renaming import Table, rename
 from pretrain.export.source import RunWeights
@@ -43,10 +49,19 @@ _VIT: Table = {
 
 def write(folder: Path, source: RunWeights, model: Backbone) -> Proof:
     """Write model.pth and model.json; build torchvision's model from both and compare."""
+    note = f"build the model with the arguments in {ARGUMENTS}; the file has no classifier, so set "
     if isinstance(model, SwinTransformer):
         name, arguments, tensors = "SwinTransformer", *_swin(source, model)
+        note += "`model.head = torch.nn.Identity()`, or load with strict=False to train a new one"
     else:
-        name, arguments, tensors = "VisionTransformer", *_vit(source, model)
+        vit = plain_vit(FORMAT, source, model)
+        refuse_no_class_token(FORMAT, vit)
+        refuse_registers(FORMAT, vit, source)
+        name, arguments, tensors = "VisionTransformer", *_vit(vit)
+        note += (
+            "`model.heads = torch.nn.Identity()`, or load with strict=False to train a new one; "
+            + feature_of_image(vit)
+        )
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / WEIGHTS)
     side = source.backbone.img_px
@@ -62,21 +77,10 @@ def write(folder: Path, source: RunWeights, model: Backbone) -> Proof:
     (folder / ARGUMENTS).write_text(json.dumps(description, indent=2) + "\n")
     consumer = f"torchvision {torchvision.__version__} {name}"
     difference = _prove(folder, source, model, consumer)
-    note = (
-        f"build the model with the arguments in {ARGUMENTS}; the file has no classifier, so set "
-        f"`model.{_head(name)} = torch.nn.Identity()`, or load with strict=False to train a new one"
-    )
     return conclude(FORMAT, consumer, (WEIGHTS, ARGUMENTS), source.state, difference, note)
 
 
-def _head(name: str) -> str:
-    return "heads" if name == "VisionTransformer" else "head"
-
-
-def _vit(source: RunWeights, model: Backbone) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    vit = plain_vit(FORMAT, source, model)
-    refuse_no_class_token(FORMAT, vit)
-    refuse_registers(FORMAT, vit, source)
+def _vit(vit: PlainViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     assert vit.leader is not None
     arguments = {
         "image_size": vit.img_px,
@@ -136,7 +140,7 @@ def _prove(folder: Path, source: RunWeights, reference: Backbone, consumer: str)
     refuse_strangers(consumer, loading.missing_keys, loading.unexpected_keys)
     found: dict[str, Tensor] = {}
     last.register_forward_hook(lambda _module, _inputs, output: found.update(tokens=output))
-    images = seeded_images(source.backbone.img_px)
+    images = seeded_images(*reference.patch_embed.img_size)
     with torch.inference_mode():
         tokens = reference.forward_features(images)
         found["pooled"] = model.eval()(images)

@@ -26,7 +26,7 @@ from pretrain.export.comparison import Difference, compare, conclude, refuse_str
 from pretrain.export.parity import ParityError
 from pretrain.export.plain_swin import NORM_EPS as SWIN_NORM_EPS
 from pretrain.export.plain_swin import plain_swin
-from pretrain.export.plain_vit import NORM_EPS, PlainViT, plain_vit
+from pretrain.export.plain_vit import NORM_EPS, PlainViT, feature_of_image, plain_vit
 from pretrain.export.proof import Proof
 from pretrain.export.quiet import quiet
 from pretrain.export.renaming import Table, rename
@@ -173,11 +173,8 @@ def _ratio(vit: PlainViT) -> int | float:
 def _what_is_pooled(vit: PlainViT) -> str:
     if vit.leader is None:
         return "there is no pooler_output: the feature of an image is the mean of last_hidden_state"
-    if vit.has_class_token:
-        return "pooler_output is the class token (with transformers before 4.50, its tanh)"
     return (
-        "the first register stands where transformers has the class token, also as pooler_output; the "
-        "feature of an image is the mean of the patch tokens"
+        f"pooler_output is the first token (with transformers before 4.50, its tanh); {feature_of_image(vit)}"
     )
 
 
@@ -238,7 +235,7 @@ def _prove(folder: Path, source: RunWeights, reference: Backbone, consumer: str)
             raise ParityError(
                 f"{consumer}: would use {name} {getattr(processor, name)}, the run used {value}"
             )
-    images = seeded_images(source.backbone.img_px)
+    images = seeded_images(*reference.patch_embed.img_size)
     with torch.inference_mode():
         expected = {"tokens": reference.forward_features(images)}
         output = model.eval()(pixel_values=images)

@@ -19,7 +19,10 @@ from pretrain.models.backbone import Backbone, BackboneConfig
 
 SWIN_ARGS: dict[str, Any] = {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 2}
 SWIN = BackboneConfig(name="swin_tiny_patch4_window7_224", img_px=32, patch_px=4, args=SWIN_ARGS)
-ODD_MAPS = SWIN.model_copy(update={"args": SWIN_ARGS | {"window_size": 3}})  # 8 and 4 are not threes
+# maps of 8 and 4 tokens per side are no whole windows of 3
+ODD_MAPS = SWIN.model_copy(update={"args": SWIN_ARGS | {"window_size": 3, "depths": [1, 2]}})
+    update={"args": SWIN_ARGS | {"window_size": 3, "depths": [1, 2]}}
+)  # 8 and 4 are not threes
 EXTRAS = TINY | {"init_values": 0.5, "qkv_bias": False}  # layer scales; queries, keys, values without bias
 
 KINDS: dict[str, tuple[BackboneConfig, tuple[str, ...]]] = {
@@ -34,6 +37,8 @@ KINDS: dict[str, tuple[BackboneConfig, tuple[str, ...]]] = {
     "one block": (tiny_config(args=TINY | {"depth": 1}), ()),
     "one block of patches": (tiny_config(class_token=False, args=TINY | {"depth": 1}), ()),
     "one register, no class token": (tiny_config(class_token=False), ("rotation",)),
+    "class token, pooled by mean": (tiny_config(args=TINY | {"global_pool": "avg", "fc_norm": False}), ()),
+    "wide images": (tiny_config(args=TINY | {"img_size": [32, 48]}), ()),
     "no positions": (tiny_config(pos_embed="none"), ()),
     "extras": (tiny_config(args=EXTRAS), ()),
     "swin": (SWIN, ()),

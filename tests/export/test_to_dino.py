@@ -16,6 +16,7 @@ FAMILIES = {
     "one register, no class token": "DINO",
     "no positions": "DINO",
     "extras": "DINO",
+    "class token, pooled by mean": "DINO",
     "registers": "DINOv2",
     "registers without positions of their own": "DINOv2",
     "swin": "Swin (EsViT)",

@@ -25,6 +25,7 @@ from pretrain.export.to_openmmlab import Library
 HELD: dict[Library, list[str]] = {
     "mmpretrain": [
         "class token",
+        "class token, pooled by mean",
         "patches only",
         "one register, no class token",
         "no positions",

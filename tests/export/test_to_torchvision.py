@@ -15,7 +15,14 @@ from pretrain.errors import UserError
 from pretrain.export import to_torchvision
 from pretrain.export.parity import ParityError
 
-HELD = ["class token", "one register, no class token", "no positions", "extras", "swin"]
+HELD = [
+    "class token",
+    "class token, pooled by mean",
+    "one register, no class token",
+    "no positions",
+    "extras",
+    "swin",
+]
 
 
 @pytest.mark.parametrize("kind", HELD)
@@ -28,6 +35,25 @@ def test_torchvision_reproduces_the_checkpoint(kind: str, tmp_path: Path) -> Non
     assert proof.tolerance is not None
     assert proof.max_abs_difference <= proof.tolerance
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(proof.files)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("class token", "the feature of an image is the class token"),
+        (
+            "class token, pooled by mean",
+            "the mean of the patch tokens, not the first token (here the class token)",
+        ),
+        (
+            "one register, no class token",
+            "the mean of the patch tokens, not the first token (here the first reg",
+        ),
+    ],
+)
+def test_the_note_says_where_the_feature_of_an_image_is(kind: str, told: str, tmp_path: Path) -> None:
+    """torchvision hands out the first token, whatever the run pooled."""
+    assert told in to_torchvision.write(tmp_path / "out", *load(kind, tmp_path)).note
 
 
 def test_a_user_needs_the_two_files_only(tmp_path: Path) -> None:
@@ -62,6 +88,7 @@ def test_every_tensor_counts(kind: str, tmp_path: Path) -> None:
         ("swin with odd maps", r"maps of 8, 4 tokens per side are not whole windows of one size \(3\)"),
         ("other activation", "its activation is QuickGELU; use --format timm or onnx"),
         ("norm before blocks", "it has a norm before the first block"),
+        ("wide images", "it is for images of 32 x 48 px, not square ones"),
     ],
 )
 def test_what_torchvision_cannot_hold_is_refused_before_anything_is_written(

@@ -27,6 +27,7 @@ CLASSES = {
     "one register, no class token": "ViTModel",
     "no positions": "ViTModel",
     "extras": "ViTModel",
+    "class token, pooled by mean": "ViTModel",
     "registers": "Dinov2WithRegistersModel",
     "registers without positions of their own": "Dinov2WithRegistersModel",
     "patches only": "IJepaModel",
