@@ -21,8 +21,6 @@ SWIN_ARGS: dict[str, Any] = {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 
 SWIN = BackboneConfig(name="swin_tiny_patch4_window7_224", img_px=32, patch_px=4, args=SWIN_ARGS)
 # maps of 8 and 4 tokens per side are no whole windows of 3
 ODD_MAPS = SWIN.model_copy(update={"args": SWIN_ARGS | {"window_size": 3, "depths": [1, 2]}})
-    update={"args": SWIN_ARGS | {"window_size": 3, "depths": [1, 2]}}
-)  # 8 and 4 are not threes
 EXTRAS = TINY | {"init_values": 0.5, "qkv_bias": False}  # layer scales; queries, keys, values without bias
 
 KINDS: dict[str, tuple[BackboneConfig, tuple[str, ...]]] = {
