@@ -186,7 +186,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_training(
     weights: Path, data: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out .*file/out: cannot be written .*choose another"):
+    with pytest.raises(UserError, match=r"--out .*file/out: cannot be written .*choose another"):
         segment(weights, "--data", data, "--out", tmp_path / "file" / "out", *QUICK)
 
 
