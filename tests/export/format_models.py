@@ -42,6 +42,7 @@ KINDS: dict[str, tuple[BackboneConfig, tuple[str, ...]]] = {
     "swin": (SWIN, ()),
     "swin with odd maps": (ODD_MAPS, ()),
     "swin with small maps": (SWIN.model_copy(update={"args": SWIN_ARGS | {"window_size": 7}}), ()),
+    "tokens to token": (BackboneConfig(name="t2t_vit_14", img_px=64, args={"depth": 1}), ()),
     "wide blocks": (tiny_config(args=TINY | {"mlp_ratio": 2.5}), ()),
     "other activation": (tiny_config(args=TINY | {"act_layer": "quick_gelu"}), ()),
     "norm before blocks": (tiny_config(args=TINY | {"pre_norm": True}), ()),

@@ -66,7 +66,14 @@ def test_the_file_has_what_the_loaders_of_the_family_ask_for(tmp_path: Path) -> 
     assert torch.equal(state["register_tokens"], moved)
 
 
-def test_a_vit_without_class_token_is_refused(tmp_path: Path) -> None:
-    source, model = load("patches only", tmp_path)
-    with pytest.raises(UserError, match="--format dino: its Vision Transformer always has a class token"):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("patches only", "its Vision Transformer always has a class token"),
+        ("tokens to token", "its patches are embedded by TokensToToken"),
+    ],
+)
+def test_what_dino_cannot_hold_is_refused(kind: str, message: str, tmp_path: Path) -> None:
+    source, model = load(kind, tmp_path)
+    with pytest.raises(UserError, match=f"--format dino: .*{message}"):
         to_dino.write(tmp_path / "out", source, model)

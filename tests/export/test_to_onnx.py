@@ -111,16 +111,17 @@ def test_a_swin_for_one_image_with_its_weights_in_a_file_beside_the_graph(
     torch.testing.assert_close(torch.from_numpy(features), expected, rtol=0, atol=1e-4)
 
 
+KINDS = ["class token, pooled by mean", "no positions", "extras", "wide images", "swin", "tokens to token"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["class token, pooled by mean", "no positions", "extras", "wide images", "swin"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_backbone_gives_its_features_for_any_batch(kind: str, tmp_path: Path) -> None:
     source, model = load(kind, tmp_path)
     proof = to_onnx.write(tmp_path / "out", source, model)
     assert set(proof.matched) == set(source.state)
     shape = open_graph(tmp_path / "out").get_inputs()[0].shape
-    assert shape == ["batch", 3, 32, 48 if kind == "wide images" else 32]
+    assert shape == ["batch", 3, *model.patch_embed.img_size]
 
 
 def test_an_opset_that_torch_does_not_write_is_refused(tmp_path: Path) -> None:
