@@ -247,6 +247,12 @@ def refuse_stale(run_dir: Path, number: int) -> None:
         raise FencedError(f"{run_dir}: attempt {newest} has taken over from attempt {number}")
 
 
+def last_outcome(run_dir: Path) -> Outcome | None:
+    """How the newest attempt ended; None if it has not, or there is none."""
+    record = _read(_path(run_dir, _newest(run_dir)))
+    return record.outcome if record else None
+
+
 def is_over(run_dir: Path, number: int) -> bool:
     """Certain that nothing of this attempt writes any more, or may: ended, dead on this machine, or stale."""
     newest = _newest(run_dir)

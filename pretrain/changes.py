@@ -71,6 +71,7 @@ SETTINGS = {
     "schedule": _safe("runs are made longer or shorter; a step keeps its number"),
     "engine": _safe("precision, ZeRO stage and engine may change with the machine"),
     "checkpoint": _safe("when and where checkpoints are written"),
+    "export": _safe("what follows the last checkpoint"),
     "log": _safe("what is told"),
     "online_knn": _safe("only measures"),
     "guard": _safe("when a run stops or goes back, which it tells"),

@@ -15,6 +15,7 @@ from pretrain.cluster import ClusterConfig
 from pretrain.data.loader import DataConfig
 from pretrain.engine.engine import EngineConfig
 from pretrain.errors import ConfigError
+from pretrain.final_export import FinalExportConfig
 from pretrain.guard import GuardConfig
 from pretrain.metrics.exporter import PrometheusConfig
 from pretrain.models.backbone import BackboneConfig
@@ -102,6 +103,7 @@ class RunConfig(Settings):
     batch: BatchConfig
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: FinalExportConfig = FinalExportConfig()
     log: LogConfig = LogConfig()
     online_knn: OnlineKnnConfig | None = None
     guard: GuardConfig = GuardConfig()

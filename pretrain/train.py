@@ -18,6 +18,7 @@ from pretrain.attempts import Attempt
 from pretrain.checkpoint import Checkpoint
 from pretrain.data.loader import Batches, open_batches
 from pretrain.errors import EXIT_FAILED, CheckpointError, PreemptedError, TrainingError, UserError
+from pretrain.final_export import export_at_end
 from pretrain.loop import Loop, lost_peer, restore_optimizer
 from pretrain.metrics import names
 from pretrain.metrics.exporter import open_exporter
@@ -28,7 +29,7 @@ from pretrain.preflight import Inspected, Request, describe, inspect
 from pretrain.relabel import Relabeler
 from pretrain.rollbacks import read_rollbacks
 from pretrain.run_folder import begin_attempt, open_folder
-from pretrain.saving import Saver
+from pretrain.saving import SETTLE_SECONDS, Saver
 from pretrain.tasks.cluster_labels import ClusterLabelsTask
 from pretrain.views.plan import in_places
 from pretrain.watchdog import Watchdog
@@ -273,6 +274,10 @@ def _run(
         except BaseException:
             saver.abandon()
             raise
+        if config.export.at_end:
+            with watchdog.section("checkpoint", inspected.num_steps - 1):
+                seconds = min(SETTLE_SECONDS, config.watchdog.checkpoint_seconds / 2)
+                export_at_end(run_dir, place.is_first, seconds)
 
 
 def load_weights(module: torch.nn.Module, saved: Checkpoint) -> None:

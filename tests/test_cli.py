@@ -191,7 +191,7 @@ def test_settings_that_do_not_change_the_data_or_the_model_may_change_on_resume(
         ["train", "run.yaml", "--resum-from", "x"],
         ["train", "run.yaml", "--nproc", "two"],
         ["shards", "index", "x", "seed=1"],
-        ["export", "x"],
+        ["export", "x", "--grid", "4"],
         ["trian", "run.yaml"],
         [],
     ],

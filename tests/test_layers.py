@@ -51,6 +51,7 @@ LAYERS = {
         "mirror",
         "online_knn",
         "oversight",
+        "final_export",
         "saving",
         "loop",
         "relabel",
@@ -67,6 +68,7 @@ LAYERS = {
 ALLOWED = {
     ("checkpoint", "attempts"),  # edges of one store: whose checkpoints count is known to attempts
     ("export", "checkpoint"),  # which of a run's checkpoints count has one home
+    ("export", "attempts"),  # and so has whether a run has finished
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 

@@ -4,53 +4,78 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.export.export_report import ExportReport
+from pretrain.export.results import Result
 from pretrain.export.source import RunWeights
 
 MAX_METRICS = 30  # rows of the table of metrics
 
 
-def model_card(source: RunWeights, report: ExportReport, license: str) -> str:
-    """Markdown with the header that model hubs read."""
-    backbone = source.backbone
+def model_card(source: RunWeights, report: ExportReport) -> str:
+    """Markdown with the header that model hubs read. source: as it was exported, changes included."""
+    backbone, license = source.backbone, report.options["license"]
+    height, width = source.image_size
     sections = [
         f"---\nlibrary_name: timm\nlicense: {license}\ntags:\n- image-feature-extraction\n- timm\n---",
         f"# {backbone.name}, {' + '.join(source.tasks) or 'self-supervised'}",
         f"A {'Swin' if backbone.is_swin else 'Vision'} Transformer backbone without classifier, pretrained "
         "without labels by `pretrain`: "
-        f"{report.num_parameters / 1e6:.1f} M parameters, {backbone.img_px} px images, "
+        f"{report.num_parameters / 1e6:.1f} M parameters, images of {height} x {width} px, "
         f"{backbone.patch_px} px patches.",
-        "## Load\n\n```python\nimport timm\n"
-        + (_REGISTER_T2T if backbone.name == "t2t_vit_14" else "")
-        + f'model = timm.create_model("local-dir:{Path(report.folder).name}", pretrained=True).eval()'
-        "  # the path of this folder\n"
-        "features = model(images)  # normalised (B, 3, "
-        f"{backbone.img_px}, {backbone.img_px}) -> (B, {source.embed_dim})\n```\n\n"
-        "`pretrained=True` matters: without it timm builds the same model with random weights and says "
-        "nothing. timm 1.0.16 or later. `num_classes=N` adds a new classifier, another `img_size` resamples "
-        "the position grid, `features_only=True` gives feature maps.",
+        "## Load\n\n" + _load(source, report),
         "## Input\n\n"
-        f"RGB, centre crop of {backbone.img_px} px, {source.interpolation}; "
+        f"RGB, centre crop of {height} x {width} px, {source.interpolation}; "
         f"mean {list(source.mean)}, std {list(source.std)} for pixels in [0, 1]: the run's own values, "
         "which `timm.data.resolve_model_data_config(model)` returns.",
         "## Tokens\n\n" + _tokens(source),
-        "## Training\n\n" + _table(_facts(source, report, license)),
     ]
-    metrics = last_metrics(source.checkpoint.parent.parent, source.step)
+    if report.changes:
+        lines = [f"- {change['told']}" for change in report.changes]
+        sections.append("## Changes to the run's backbone\n\n" + "\n".join(lines))
+    sections.append("## Training\n\n" + _table(_facts(source, report, license)))
+    metrics = last_metrics(source.run, source.step)
     if metrics:
         sections.append("## Metrics\n\nLast record of the run up to this step.\n\n" + _table(metrics))
-    sections.append(
-        "## Proof\n\n"
-        f"Stock timm {report.versions['timm']} with torch {report.versions['torch']} re-opened this folder: "
-        f"{len(report.matched)} of {len(report.matched)} tensors matched, features within "
-        f"{report.max_abs_difference:.2g} of the checkpoint's (limit {report.tolerance:.2g}). "
-        "See `export_report.json`."
-    )
+    if report.results:
+        sections.append("## Results\n\nEvaluations of these weights.\n\n" + _results(report.results))
+    sections.append("## Proof\n\n" + _proof(report))
     return "\n\n".join(sections) + "\n"
+
+
+def _load(source: RunWeights, report: ExportReport) -> str:
+    height, width = source.image_size
+    name = Path(report.folder).name
+    if report.format == "hf-hub":
+        where, comment = "hf-hub:OWNER/NAME", "  # where this folder was uploaded"
+        before = f"Upload the folder once: `hf upload OWNER/NAME {name}`.\n\n"
+    else:
+        where, comment, before = f"local-dir:{name}", "  # the path of this folder", ""
+    return (
+        f"{before}```python\nimport timm\n"
+        + (_REGISTER_T2T if source.backbone.name == "t2t_vit_14" else "")
+        + f'model = timm.create_model("{where}", pretrained=True).eval(){comment}\n'
+        + f"features = model(images)  # normalised (B, 3, {height}, {width}) -> (B, {source.embed_dim})\n"
+        "```\n\n"
+        "`pretrained=True` matters: without it timm builds the same model with random weights and says "
+        f"nothing. It {report.note}. `num_classes=N` adds a new classifier, another `img_size` resamples "
+        "the position grid, `features_only=True` gives feature maps." + _pooling(source)
+    )
+
+
+def _pooling(source: RunWeights) -> str:
+    """What timm's own way to pool by the mean would do to a model with a class token."""
+    if source.backbone.is_swin or not source.backbone.class_token:
+        return ""
+    return (
+        ' `global_pool="avg"` needs `fc_norm=False` with it, or an export with `--global-pool avg`: alone it '
+        "fails, and with `num_classes=N` it silently puts a fresh norm in the place of the trained one."
+        if source.backbone.args.get("global_pool") != "avg"
+        else " The mean of the patch tokens is taken behind the trained norm (`fc_norm=False`)."
+    )
 
 
 def last_metrics(run: Path, step: int) -> dict[str, str]:
@@ -83,31 +108,58 @@ _REGISTER_T2T = "from pretrain.models.t2t import register_t2t\n\nregister_t2t() 
 
 
 def _tokens(source: RunWeights) -> str:
-    side = source.backbone.img_px // source.backbone.token_px
+    rows, columns = source.grid
     if source.backbone.is_swin:
         return (
-            f"`model.forward_features(images)` returns the last stage's map, (B, {side}, {side}, D), after "
-            "the final norm; the feature of an image is its mean over the map."
+            f"`model.forward_features(images)` returns the map of the last stage, (B, {rows}, {columns}, D), "
+            "after the final norm; the feature of an image is its mean over the map."
         )
     lines = ["`model.forward_features(images)` returns, in this order:", ""]
     if source.backbone.class_token:
         lines.append("- the class token; it is the contrastive token, where the run had a contrastive task")
     lines += [f"- the `{name}` token (a timm register)" for name in source.registers]
-    lines.append(f"- {side * side} patch tokens, {side} x {side}, row by row")
+    lines.append(f"- {rows * columns} patch tokens, {rows} x {columns}, row by row")
     return "\n".join(lines)
 
 
 def _facts(source: RunWeights, report: ExportReport, license: str) -> dict[str, str]:
-    data = source.config.get("data") or {}
     return {
-        "tasks": ", ".join(source.tasks) or "not recorded",
-        "data": str(data.get("shards", "not recorded")),
+        "method": ", ".join(source.tasks) or "not recorded",
+        "data": _data(source),
         "weights": source.weights,
         "step": str(source.step),
         "checkpoint": source.checkpoint.name,
         "checkpoint sha256": report.source_sha256,
+        "format": report.format,
         "license": license,
     }
+
+
+def _data(source: RunWeights) -> str:
+    """The folders of shards by name, for their paths mean nothing elsewhere, and what tells them for sure."""
+    data = source.config.get("data") or {}
+    places = data.get("sources") or [data]
+    names = [f"{Path(str(place['shards'])).name}" for place in places if place.get("shards")]
+    hashes = [*source.manifest_hashes, *[""] * len(names)]
+    told = [f"{name} (manifest {sha})" if sha else name for name, sha in zip(names, hashes, strict=False)]
+    return ", ".join(told) or "not recorded"
+
+
+def _results(results: Sequence[Result]) -> str:
+    rows = [
+        f"| {result.method} | {result.feature} | {result.data}, {result.num_samples} images | "
+        f"{100 * result.top1_ratio:.2f} |"
+        for result in results
+    ]
+    return "\n".join(["| evaluation | feature | test set | top-1 % |", "| --- | --- | --- | --- |", *rows])
+
+
+def _proof(report: ExportReport) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    return (
+        f"{report.consumer} read this folder: {report.mapping}; {report.agreement} of those of the "
+        f"checkpoint. Written with {versions}. `export_report.json` has the details."
+    )
 
 
 def _table(rows: dict[str, str]) -> str:

@@ -21,6 +21,7 @@ from pretrain.checkpoint import list_checkpoints, not_safetensors
 from pretrain.errors import CheckpointError, UserError
 from pretrain.models.backbone import BackboneConfig
 from pretrain.tasks.multitask import BACKBONE_PREFIX
+from pretrain.tokens import TokenLayout
 
 WeightsName = Literal["student", "teacher"]
 
@@ -42,10 +43,35 @@ class RunWeights:
     std: tuple[float, float, float]
     interpolation: str  # how the run resized its views: bicubic or bilinear
     config: dict[str, Any]  # the resolved run config, as plain values
+    manifest_hashes: tuple[str, ...] = ()  # of the indexes of its data; empty where none were recorded
 
     @property
     def embed_dim(self) -> int:
-        return self.state["norm.weight"].shape[0]
+        norm = "norm.weight" if "norm.weight" in self.state else "fc_norm.weight"
+        return self.state[norm].shape[0]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in px of the images that the model takes."""
+        given = self.backbone.args.get("img_size", self.backbone.img_px)
+        height, width = given if isinstance(given, (list, tuple)) else (given, given)
+        return int(height), int(width)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patch tokens; of a Swin those of its last stage."""
+        height, width = self.image_size
+        return height // self.backbone.token_px, width // self.backbone.token_px
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The order of the tokens that the model gives."""
+        return TokenLayout(self.grid, self.registers, self.backbone.class_token and not self.backbone.is_swin)
+
+    @property
+    def run(self) -> Path:
+        """The run folder that the checkpoint belongs to."""
+        return self.checkpoint.parent.parent
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -113,6 +139,7 @@ def _read_checkpoint(checkpoint: Path, weights: WeightsName | None) -> RunWeight
             std=std,
             interpolation=_interpolation(config, backbone.img_px),
             config=config,
+            manifest_hashes=tuple((position.get("identity") or {}).get("manifest_hash") or ()),
         )
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")

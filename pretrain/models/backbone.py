@@ -224,7 +224,7 @@ def _encode_vit(
     if fill is not None and fill.mask_token is not None:
         tokens = torch.where(fill.masked.unsqueeze(-1), fill.mask_token.to(tokens.dtype), tokens)
     prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
-    positions = _positions(vit, layout)
+    positions = positions_for(vit, layout)
     if positions is not None:
         at_patches = positions[:, -layout.num_patches :]  # (1, P, D)
         if fill is not None and fill.no_position is not None:
@@ -250,8 +250,11 @@ def _encode_vit(
     return Tokens(vit.norm(tokens), tapped)
 
 
-def _positions(vit: VisionTransformer, layout: TokenLayout) -> Tensor | None:
-    """The positional embedding for a grid, interpolated where it is not the model's own: (1, N, D)"""
+def positions_for(vit: VisionTransformer, layout: TokenLayout) -> Tensor | None:
+    """The positional embedding for a grid, interpolated where it is not the model's own.
+
+    (1, N, D), with the prefix tokens if they have positions; None for a model without positions.
+    """
     own: Tensor | None = vit.pos_embed
     if own is None or tuple(vit.patch_embed.grid_size) == layout.grid:
         return own

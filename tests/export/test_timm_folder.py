@@ -226,15 +226,20 @@ def test_weights_that_do_not_fit_the_config_are_refused(change: Any, message: st
     nothing_left(tmp_path, "out")
 
 
-def test_a_folder_with_files_is_never_written_to(tmp_path: Path) -> None:
+def test_a_folder_of_somebody_else_is_never_written_to(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "run", tiny_config())
     (tmp_path / "out").mkdir()
     export_timm(tmp_path / "run", tmp_path / "out")  # empty: fine
-    before = sorted(path.name for path in (tmp_path / "out").iterdir())
-    with pytest.raises(UserError, match="not an empty folder"):
-        export_timm(tmp_path / "run", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
-    assert before == ["README.md", "config.json", "export_report.json", "model.safetensors"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["README.md", "config.json", "export_report.json", "model.safetensors"]
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "export_report.json").write_text('{"title": "mine"}')
+    for place in ("file", "thesis"):
+        with pytest.raises(UserError, match="exists and is not an export of ours"):
+            export_timm(tmp_path / "run", tmp_path / place)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "thesis" / "export_report.json").read_text() == '{"title": "mine"}'
 
 
 @pytest.mark.parametrize(
