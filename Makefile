@@ -7,13 +7,12 @@ READY := $(VENV)/.ready
 NPROC ?= 2
 MINUTES ?= 30
 export SLURM_TEST_CLUSTER ?= ../shared/cluster
-RUN ?= runs/demo
-OUT ?= $(RUN)/exported
 SAMPLE := data_shards/sample
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-cluster test-cluster-slow chaos gpu-check bench bench-overhead bench-engine \
-	bench-checkpoint bench-data check format shards pretrain export evaluate clean
+	bench-checkpoint bench-data bench-export bench-evaluate protocol check format shards pretrain export evaluate report \
+	clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -34,21 +33,23 @@ shards: $(SAMPLE)/index.json ## render the embedded sample as shards
 $(SAMPLE)/index.json: $(READY)
 	$(BIN)/python data_shards/embedded_sample.py $(SAMPLE)
 
-demo: $(READY) shards ## train, export and evaluate on the embedded sample: under ten minutes on two CPU cores
+demo: $(READY) shards ## train and evaluate on the embedded sample: under ten minutes on two CPU cores
 	rm -rf runs/demo
 	$(BIN)/pretrain train configs/demo.yaml --nproc $(NPROC) --output-dir runs/demo
-	$(BIN)/pretrain export runs/demo --out runs/demo/exported
 	$(BIN)/pretrain evaluate summary runs/demo --train $(SAMPLE) --test $(SAMPLE)
 
 pretrain: $(READY) ## train CONFIG=configs/x.yaml on NPROC ranks
 	$(BIN)/pretrain train $(CONFIG) --nproc $(NPROC) $(ARGS)
 
-export: $(READY) ## write RUN's weights to OUT as a folder for timm
-	$(BIN)/pretrain export $(RUN) --out $(OUT)
+export: $(READY) ## write the weights of RUN (the newest) to OUT (RUN/exported) for timm, or as ARGS="--format onnx" says
+	$(BIN)/pretrain export $(RUN) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-evaluate: $(READY) ## k-NN and linear accuracy of RUN's export; TRAIN and TEST are folders of shards
-	$(BIN)/pretrain evaluate knn $(OUT) --train $(TRAIN) --test $(TEST)
-	$(BIN)/pretrain evaluate linear $(OUT) --train $(TRAIN) --test $(TEST)
+evaluate: $(READY) ## k-NN and linear accuracy of RUN (runs/demo); TRAIN and TEST are folders of shards
+	$(BIN)/pretrain evaluate knn $(or $(RUN),runs/demo) --train $(TRAIN) --test $(TEST)
+	$(BIN)/pretrain evaluate linear $(or $(RUN),runs/demo) --train $(TRAIN) --test $(TEST)
+
+report: $(READY) ## one HTML file of RUN (runs/demo); ARGS="--train DIR --eval DIR" adds what needs labels
+	$(BIN)/pretrain report $(or $(RUN),runs/demo) $(ARGS)
 
 test: $(READY) ## lint, types and all tests that take less than half a minute each
 	$(MAKE) --no-print-directory check
@@ -83,6 +84,17 @@ bench-checkpoint: $(READY) ## how long a checkpoint of ViT-B holds up the traini
 
 bench-data: $(READY) ## images/s of the loader beside other loaders; PEERS is a python that has them (benchmarks/peers.txt)
 	$(BIN)/python benchmarks/data.py --out benchmarks/results/data-cpu.json $(if $(PEERS),--peers-python $(PEERS))
+
+bench-export: $(READY) ## three short trainings, exported in every format: how far apart the features are
+	$(BIN)/python benchmarks/export_parity.py --out benchmarks/results/export-parity.json
+
+bench-evaluate: $(READY) ## memory of k-NN over a large bank, cost of a probe's sweep and of k-NN during training
+	$(BIN)/python benchmarks/evaluate.py knn-memory --out benchmarks/results/knn-memory.json
+	$(BIN)/python benchmarks/evaluate.py linear-sweep --out benchmarks/results/linear-sweep.json
+	$(BIN)/python benchmarks/evaluate.py online-knn --out benchmarks/results/online-knn.json
+
+protocol: $(READY) ## CIFAR-10: pretrain, k-NN, linear, few labels, fine-tuning; eight minutes, the same command goes on
+	$(BIN)/python benchmarks/cifar10_protocol.py --max-minutes 8 --out benchmarks/results/cifar10-protocol.json $(ARGS)
 
 check: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
