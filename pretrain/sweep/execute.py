@@ -175,7 +175,9 @@ def _run(sweep: Sweep, run: Run, processes: Processes, title: str) -> None:
             command += ["--train", wanted["train"]]
         command += ["--test", wanted["test"], "--out", str(out), *wanted["args"]]
         seconds = stage(read_out.name, command)
-        result = read_json(out / "eval" / f"{read_out.kind}.json")
+        # a fine-tuning also names its recipe and share of the labels; the folder is this read-out's own
+        left = sorted((out / "eval").glob(f"{read_out.kind}*.json"))
+        result = read_json(left[0]) if left else None
         if result is None:
             failure = CommandError(EXIT_FAILED, [f"left no {read_out.kind}.json in {out / 'eval'}"])
             _record_failure(run, read_out.name, failure)

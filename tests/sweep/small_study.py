@@ -58,7 +58,8 @@ else:
     out = Path(flags["--out"]) / "eval"
     out.mkdir(parents=True)
     value = 0.5 + 0.02 * (int(flags["--batch-size"]) - 20) - 0.1 * ("rotation" in rest[1])
-    (out / (rest[0] + ".json")).write_text(json.dumps({"top1_ratio": value}))
+    name = "_".join([rest[0], *([flags["--recipe"]] if "--recipe" in flags else [])])
+    (out / (name + ".json")).write_text(json.dumps({"top1_ratio": value}))
 """
 
 

@@ -88,6 +88,15 @@ def test_every_run_is_trained_exported_and_read_out_once_and_then_never_again(
     )
 
 
+def test_the_result_of_a_fine_tuning_is_found_under_the_name_of_its_recipe(
+    calls: Path, tmp_path: Path
+) -> None:
+    read_out = "{name: tuned, kind: finetune, args: [--recipe, relvit, --batch-size, 21]}"
+    write_study(tmp_path, ONE_SEED.replace(ONE_SEED.split("  - ")[1].split("\n")[0], read_out))
+    assert sweep() == 0
+    assert done("both", 0)["read_outs"]["tuned"]["result"] == {"top1_ratio": 0.52}  # type: ignore[index]
+
+
 def test_a_sweep_that_is_out_of_time_ends_with_75_and_goes_on_where_it_stopped(
     calls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,7 +141,10 @@ def test_differences_name_changed_added_and_removed_settings() -> None:
             "{name: a, kind: knn, args: [--featur, class]}",
             "evaluate 'a': .*unknown arguments: --featur class",
         ),
-        ("{name: a, kind: finetune}", "evaluate 'a': .*--recipe"),
+        (
+            "{name: a, kind: finetune, args: [--recipe, deitt]}",
+            "evaluate 'a': .*--recipe: invalid choice: 'deitt'",
+        ),
         ("{name: a, kind: head}", "evaluate 'a': variant 'both' trains no classification head"),
     ],
 )
