@@ -25,6 +25,7 @@ from pretrain.errors import (
 )
 from pretrain.evaluate import arguments as evaluate_arguments
 from pretrain.export import arguments as export_arguments
+from pretrain.report import arguments as report_arguments
 from pretrain.transfer.detection import arguments as detection_arguments
 from pretrain.transfer.segmentation import arguments as segmentation_arguments
 
@@ -125,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
         module.add_arguments(goals.add_parser(goal, help=text, epilog=EXIT_CODES))
     evaluate_arguments.add_arguments(
         commands.add_parser("evaluate", help="measure what features are worth", epilog=EXIT_CODES)
+    )
+    report_arguments.add_arguments(
+        commands.add_parser("report", help="draw a run as one HTML file", epilog=EXIT_CODES)
     )
     return parser
 
@@ -442,6 +446,13 @@ def _export(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from pretrain.illustrate.command import run
+
+    run(arguments, _say)
+    return EXIT_DONE
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.kind == "pretext":  # needs the heads of the run, so the wiring
         return _evaluate_pretext(arguments)
@@ -475,4 +486,5 @@ _COMMANDS = {
     "export": _export,
     "evaluate": _evaluate,
     "transfer": _transfer,
+    "report": _report,
 }

@@ -59,6 +59,7 @@ LAYERS = {
         "run_folder",
         "train",
         "pretext",
+        "illustrate",
         "sweep",
         "listing",
         "cli",
