@@ -15,19 +15,18 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from pretrain.data.loader import DataConfig
 from pretrain.data.manifest import Manifest
-from pretrain.data.order import Run
 from pretrain.data.reader import ShardReader
 from pretrain.engine.engine import Engine
 from pretrain.errors import ConfigError, DataError
 from pretrain.evaluate.encoder import CentreCrop
 from pretrain.evaluate.features import Features
+from pretrain.evaluate.image_set import runs_of
 from pretrain.evaluate.knn import TEMPERATURE, knn
 from pretrain.evaluate.protocols import PROTOCOLS, method_of
 from pretrain.evaluate.shards import USUAL_SPLITS, LabelledSplit, decode_and_crop, find_split
@@ -236,18 +235,15 @@ def _read(chosen: Chosen, wanted: Tensor, crop: CentreCrop) -> tuple[Tensor, Ten
     """
     rows = chosen.rows[wanted]
     split = chosen.split.manifest.split(chosen.split.name)
-    ends = np.cumsum(split.shard_sizes)
+    runs = runs_of(split, rows)
     images = torch.zeros(len(rows), 3, crop.size_px, crop.size_px, dtype=torch.uint8)
     is_whole = torch.zeros(len(rows), dtype=torch.bool)
 
     def read(places: Tensor) -> None:
         with closing(ShardReader(split)) as reader:  # which reads a compressed shard on and on
             for place in places.tolist():
-                row = int(rows[place])
-                shard = int(np.searchsorted(ends, row, side="right"))
-                start = row - int(ends[shard] - split.shard_sizes[shard])
                 try:
-                    (sample,) = reader.read([Run(shard, start, start + 1, epoch=0)])
+                    (sample,) = reader.read([runs[place]])
                     images[place] = decode_and_crop(sample, crop)
                 except DataError as error:
                     logger.warning("online k-NN does without an image: %s", error)

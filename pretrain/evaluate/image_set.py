@@ -5,8 +5,9 @@ Also which of them a small share of the labels is, and what their colours are on
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -41,11 +42,7 @@ class ImageSet:
     def sample(self, index: int) -> EncodedSample:
         if self.kept is not None:
             return self.kept[index]
-        row = int(self.rows[index])
-        ends = np.cumsum(self.split.shard_sizes)
-        place = int(np.searchsorted(ends, row, side="right"))
-        start = row - int(ends[place] - self.split.shard_sizes[place])
-        (found,) = ShardReader(self.split).read([Run(place, start, start + 1, epoch=0)])
+        (found,) = ShardReader(self.split).read(runs_of(self.split, self.rows[index : index + 1]))
         return found
 
     def prepare(self, indices: Sequence[int], crop: CentreCrop) -> Tensor:
@@ -67,14 +64,31 @@ def open_images(
     rows = torch.arange(len(labels)) if ratio == 1 else balanced_rows(labels, ratio, seed)
     kept: tuple[EncodedSample, ...] | None = None
     if split.stored_bytes * len(rows) / len(labels) <= in_memory_bytes:
-        wanted = set(rows.tolist())
-        kept = tuple(_alone(sample) for row, sample in enumerate(read_split(split)) if row in wanted)
+        kept = tuple(map(_alone, read_split(split) if len(rows) == len(labels) else _read(split, rows)))
     elif any(shard.name.endswith("gz") for shard in split.shards):
         raise DataError(
             f"{labelled.manifest.folder}:{labelled.name}: too large for memory, and compressed shards "
             "cannot be read in random order; unpack them to plain .tar and index them again"
         )
     return ImageSet(split, rows, labels[rows], kept)
+
+
+def runs_of(split: Split, rows: Tensor) -> list[Run]:
+    """Where the samples of some rows lie, each on its own. rows: int64 (N,), places in the split."""
+    ends = np.cumsum(split.shard_sizes)
+    places = np.searchsorted(ends, rows.numpy(), side="right")
+    starts = rows.numpy() - (ends - split.shard_sizes)[places]
+    return [
+        Run(int(place), int(start), int(start) + 1, epoch=0)
+        for place, start in zip(places, starts, strict=True)
+    ]
+
+
+def _read(split: Split, rows: Tensor) -> Iterator[EncodedSample]:
+    """The samples of ascending rows alone; of a compressed shard the others are passed over."""
+    with contextlib.closing(ShardReader(split)) as reader:
+        for run in runs_of(split, rows):
+            yield from reader.read([run])
 
 
 def balanced_rows(labels: Tensor, ratio: float, seed: int) -> Tensor:

@@ -79,7 +79,8 @@ def run_summary(run: Path, train: str, test: str, config: EvaluateConfig) -> dic
         "tasks": [vars(row) for row in progress],
         "features": features,
     }
-    save_result((config.out or run) / "eval", result)
+    if sets.accelerator.is_main_process:
+        save_result((config.out or run) / "eval", result)
     return result
 
 
