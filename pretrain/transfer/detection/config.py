@@ -134,11 +134,9 @@ class ScheduleConfig(Settings):
         """In epochs, or in steps where those are given."""
         return self.steps if self.steps is not None else self.epochs if self.epochs is not None else 12.0
 
-    def num_steps(self, steps_per_epoch: float) -> int:
-        return math.ceil(self.length * self._unit(steps_per_epoch) - 1e-9)
-
-    def _unit(self, steps_per_epoch: float) -> float:
-        return 1.0 if self.steps is not None else steps_per_epoch
+    def in_steps(self, amount: float, steps_per_epoch: float) -> float:
+        """Steps, of an amount in the unit of the length."""
+        return amount if self.steps is not None else amount * steps_per_epoch
 
 
 class EvaluateConfig(Settings):
@@ -186,7 +184,8 @@ class DetectionConfig(Settings):
         return self.optim.lr * scale
 
     def num_steps(self, num_images: int) -> int:
-        return self.schedule.num_steps(num_images / self.optim.batch_size)
+        steps = self.schedule.in_steps(self.schedule.length, num_images / self.optim.batch_size)
+        return math.ceil(steps - 1e-9)
 
     def lr_schedule(self, num_images: int) -> Schedule:
         """The learning rate at every step of a training on so many images."""
@@ -196,10 +195,8 @@ class DetectionConfig(Settings):
         if schedule.kind == "cosine":
             return cosine_with_warmup(base, 0.0, num_steps, min(warmup_steps, num_steps - 1), start=start)
         drops = schedule.drops or tuple(schedule.length * part / 12 for part in (8, 11))
-        unit = 1.0 if schedule.steps is not None else steps_per_epoch
-        return step_down(
-            base, [round(drop * unit) for drop in drops], schedule.drop_factor, warmup_steps, start
-        )
+        drop_steps = [round(schedule.in_steps(drop, steps_per_epoch)) for drop in drops]
+        return step_down(base, drop_steps, schedule.drop_factor, warmup_steps, start)
 
 
 def step_down(

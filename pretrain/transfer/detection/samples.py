@@ -32,10 +32,9 @@ class DetectionSamples:
 
     def __init__(self, found: CocoSet, config: AugmentConfig, masks: bool, skip_empty: bool) -> None:
         self.found, self.config, self.masks = found, config, masks
-        per_image = np.add.reduceat(np.append(~found.crowds, False).astype(np.int64), found.starts[:-1]) * (
-            np.diff(found.starts) > 0
-        )
-        self.kept = np.flatnonzero(per_image > 0) if skip_empty else np.arange(len(found))
+        image_of = np.repeat(np.arange(len(found)), np.diff(found.starts))  # (N,)
+        num_objects = np.bincount(image_of[~found.crowds], minlength=len(found))
+        self.kept = np.flatnonzero(num_objects) if skip_empty else np.arange(len(found))
 
     def __len__(self) -> int:
         return len(self.kept)
