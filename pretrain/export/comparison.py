@@ -86,7 +86,7 @@ def conclude(
     left_out = dict(left_out or {})
     return Proof(
         format=format,
-        consumer=consumer,
+        consumer=consumer if difference else f"{consumer} (not asked)",
         files=tuple(files),
         matched=tuple(sorted(set(ours) - left_out.keys())),
         missing=(),

@@ -94,7 +94,8 @@ def write(folder: Path, source: RunWeights, model: Backbone, library: Library = 
         difference = _prove(folder, source, model, plain, library, prefix)
     except AbsentError as absent:
         note += f"; {absent}"
-    consumer = f"{version_of(_DISTRIBUTIONS.get(library, library))} {backbone['type']}"
+    network = str(backbone["type"]).removeprefix(f"{library}.")
+    consumer = f"{version_of(_DISTRIBUTIONS.get(library, library))} {network}"
     return conclude(library, consumer, (WEIGHTS, CONFIG), source.state, difference, note)
 
 

@@ -120,7 +120,7 @@ def test_without_transformers_the_folder_is_written_and_the_note_says_what_is_no
     monkeypatch.setattr(to_transformers, "find_spec", lambda _library: None)
     proof = to_transformers.write(tmp_path / "unproved", source, model)
     assert (proof.consumer, proof.max_abs_difference, proof.tolerance) == (
-        "transformers ViTModel",
+        "transformers ViTModel (not asked)",
         None,
         None,
     )
