@@ -11,6 +11,7 @@ from pretrain.report.page import Section, how_to_read, section, table
 from pretrain.report.special_results import special_table
 
 MAX_VALUES = 16  # of a result of an unknown kind
+OTHERS = {"untrained": "untrained", "pixels": "raw pixels"}  # what a summary puts beside the trained features
 Result = Mapping[str, Any]
 _HIDDEN = ("versions", "hardware", "encoder", "train", "test", "recipe", "runs", "history", "headlines")
 
@@ -52,12 +53,12 @@ def accuracies(results: Mapping[str, Result]) -> tuple[str, ...]:
             features = summary["features"]
             beside = {
                 kind: _top1(features[kind].get(method))
-                for kind in ("trained", "untrained", "pixels")
+                for kind in ("trained", *OTHERS)
                 if isinstance(features.get(kind), Mapping)
             }
         value = beside.pop("trained", None) or _top1(results.get(method))
         if value is not None:
-            others = [f"{kind} {_percent(one)}" for kind, one in beside.items() if one is not None]
+            others = [f"{OTHERS[kind]} {_percent(one)}" for kind, one in beside.items() if one is not None]
             told.append(f"{name} {_percent(value)}" + (f" ({', '.join(others)})" if others else ""))
     return tuple(told)
 
@@ -80,43 +81,42 @@ def _summary(name: str, result: Result) -> list[Markup | None]:
 def _classified(results: Mapping[str, Result]) -> Markup:
     rows = []
     for name, result in results.items():
-        encoder = result.get("encoder") if isinstance(result.get("encoder"), Mapping) else {}
-        low_high = result.get("top1_ratio_95")
-        if isinstance(low_high, Sequence) and len(low_high) == 2:
-            interval = f"{100 * float(low_high[0]):.1f} to {100 * float(low_high[1]):.1f}"
-        elif isinstance(result.get("top1_ratio_std"), int | float):
-            interval = f"\N{PLUS-MINUS SIGN} {100 * float(result['top1_ratio_std']):.2f} (seeds)"
-        else:
-            interval = ""
+        encoder = _mapping(result.get("encoder"))
         rows.append(
             (
                 name,
-                str((encoder or {}).get("feature", "")),
-                str((encoder or {}).get("step", "")),
+                str(encoder.get("feature", "")),
+                str(encoder.get("step", "")),
                 _percent(_top1(result)),
-                interval,
-                _detail(result),
+                _interval(result.get("top1_ratio_95")),
+                "; ".join(_details(result)),
             )
         )
-    return table(
-        ("evaluation", "feature", "step", "top-1", "95 %", "how"), rows, numbers=(2, 3, 4), wrapped=(5,)
-    )
+    head = ("evaluation", "feature", "step", "top-1", "95 %", "how")
+    return table(head, rows, numbers=(2, 3, 4), wrapped=(5,))
 
 
-def _detail(result: Result) -> str:
+def _interval(low_high: object) -> str:
+    if not isinstance(low_high, Sequence) or len(low_high) != 2 or isinstance(low_high, str):
+        return ""
+    return f"{100 * float(low_high[0]):.1f} to {100 * float(low_high[1]):.1f}"
+
+
+def _details(result: Result) -> list[str]:
+    """How it was made, of what any of the evaluations write down."""
     parts = []
+    if isinstance(result.get("top1_ratio_std"), int | float):
+        seeds = result.get("seeds")
+        of_seeds = f" of {len(seeds)} seeds" if isinstance(seeds, Sequence) else ""
+        parts.append(f"\N{PLUS-MINUS SIGN} {100 * float(result['top1_ratio_std']):.2f}{of_seeds}")
     if isinstance(result.get("best_k"), int):
         best = _percent(result.get("best_top1_ratio"))
         parts.append(f"k = {result.get('reported_k')}, best {best} at k = {result['best_k']}")
-    chosen = result.get("chosen")
-    if isinstance(chosen, Mapping):
-        parts.append(
-            ", ".join(
-                f"{str(key).replace('_', ' ')} {value}" for key, value in chosen.items() if _is_plain(value)
-            )
-        )
-    if isinstance(result.get("recipe_name"), str):
-        parts.append(f"recipe {result['recipe_name']}")
+    for key, name in (("protocol", "protocol"), ("recipe_name", "recipe")):
+        if isinstance(result.get(key), str):
+            parts.append(f"{name} {result[key]}")
+    for chosen in dict.fromkeys(_chosen(run) for run in [result, *_runs(result)]):
+        parts += [chosen] if chosen else []
     fraction = result.get("fraction_ratio")
     if isinstance(fraction, int | float) and fraction < 1:
         parts.append(f"{100 * fraction:g} % of the labels")
@@ -127,7 +127,21 @@ def _detail(result: Result) -> str:
     for key, name in (("num_bank", "bank"), ("num_queries", "queries"), ("num_test", "test images")):
         if isinstance(result.get(key), int):
             parts.append(f"{name} {result[key]}")
-    return "; ".join(part for part in parts if part)
+    if _mapping(result.get("domain")).get("is_transfer"):
+        parts.append("on other data than it was pretrained with")
+    return parts
+
+
+def _runs(result: Result) -> list[Result]:
+    runs = result.get("runs")
+    return [run for run in runs if isinstance(run, Mapping)] if isinstance(runs, list) else []
+
+
+def _chosen(run: Result) -> str:
+    """What a sweep chose, as it names it."""
+    chosen = _mapping(run.get("chosen"))
+    told = [(key, value) for key, value in chosen.items() if _is_plain(value) and not key.endswith("_ratio")]
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in told)
 
 
 def _pretext(name: str, result: Result) -> list[Markup | None]:
@@ -228,3 +242,7 @@ def _percent(value: object) -> str:
 
 def _is_plain(value: object) -> bool:
     return isinstance(value, int | float | str) and len(str(value)) <= 80
+
+
+def _mapping(value: object) -> Result:
+    return value if isinstance(value, Mapping) else {}

@@ -70,7 +70,7 @@ def scatter(points: Points) -> Markup:
         aria_label=f"{len(places)} points of {len(classes)} classes",
         class_="scatter",
     )
-    return tag("figure", drawing, tag("ul", *legend, class_="points"), class_="card")
+    return tag("figure", drawing, tag("ul", *legend, class_="points"), class_="card plane")
 
 
 def _looks(place: int, label: int) -> tuple[str, str]:

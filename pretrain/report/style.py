@@ -83,7 +83,8 @@ figure{{margin:0;min-width:0}}
   font-size:.85rem}}
 .legend b{{font-variant-numeric:tabular-nums}}
 .stroke{{width:22px;height:12px;margin-right:.35rem;vertical-align:-1px}}
-.scatter{{display:block;width:100%;max-width:620px;height:auto;margin:.6rem 0}}
+.plane{{max-width:680px}}
+.scatter{{display:block;width:100%;height:auto;margin:.6rem 0}}
 .scatter text{{font:600 13px {_FONT};fill:var(--ink);stroke:var(--paper);stroke-width:3px;
   paint-order:stroke;text-anchor:middle}}
 @media (max-width:359px){{.chart text{{font-size:14px}}.scatter text{{font-size:16px}}}}

@@ -85,7 +85,8 @@ LINEAR = {
     "method": "linear",
     "top1_ratio": 0.506,
     "top1_ratio_95": [0.47, 0.54],
-    "chosen": {"lr_factor": 3.0, "inputs": "raw"},
+    "protocol": "generic",
+    "runs": [{"chosen": {"lr_factor": 3.0, "inputs": "raw", "held_out_top1_ratio": 0.49}}],
     "encoder": {"feature": "class", "step": 720},
 }
 SUMMARY = {
@@ -102,6 +103,7 @@ FINETUNE = {
     "top1_ratio": 0.9,
     "top1_ratio_std": 0.01,
     "top1_ratio_95": None,
+    "seeds": [0, 1, 2],
     "fraction_ratio": 0.1,
     "is_scratch": False,
     "linear_top1_ratio": 0.88,
@@ -126,14 +128,22 @@ def test_evaluations_stand_in_tables_with_interval_and_how() -> None:
     rows = cells(text_of(evaluation_section(results)))
     assert ["untrained", "22.5 %", "31.6 %"] in rows
     assert ["knn", "class", "720", "37.4 %", "", "k = 20, best 38.0 % at k = 10; bank 4000"] in rows
-    assert ["linear", "class", "720", "50.6 %", "47.0 to 54.0", "lr factor 3.0, inputs raw"] in rows
+    assert [
+        "linear",
+        "class",
+        "720",
+        "50.6 %",
+        "47.0 to 54.0",
+        "protocol generic; lr factor 3.0, inputs raw",
+    ] in rows
     (finetuned,) = [row for row in rows if row[0] == "finetune_deit_10pct"]
-    assert finetuned[3:5] == ["90.0 %", "\N{PLUS-MINUS SIGN} 1.00 (seeds)"]
-    assert finetuned[5] == "recipe deit; 10 % of the labels; then linear 88.0 %"
+    assert finetuned[3:5] == ["90.0 %", ""]
+    plus_minus = "\N{PLUS-MINUS SIGN} 1.00 of 3 seeds"
+    assert finetuned[5] == f"{plus_minus}; recipe deit; 10 % of the labels; then linear 88.0 %"
     assert ["rotation", "accuracy", "0.88", "0.25"] in rows
     assert accuracies(results) == (
-        "k-NN 37.4 % (untrained 22.5 %, pixels 47.2 %)",
-        "linear probe 50.6 % (untrained 31.6 %, pixels 48.6 %)",
+        "k-NN 37.4 % (untrained 22.5 %, raw pixels 47.2 %)",
+        "linear probe 50.6 % (untrained 31.6 %, raw pixels 48.6 %)",
     )
     assert accuracies({"knn": KNN}) == ("k-NN 37.4 %",)
     assert accuracies({}) == ()
