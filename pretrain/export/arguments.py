@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
     source = arguments.run
     if source is None:
         source, why = newest_run()
-        say(f"run       {source} ({why})")
+        say(f"run          {source} ({why})")
     home = source.resolve().parent.parent if is_checkpoint(source) else source
     targets = [Target(name, _place(name, len(names), arguments.out, home)) for name in names]
     options = ExportOptions(

@@ -74,6 +74,14 @@ class ExportReport:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
+def left_out_of(reasons: dict[str, str]) -> str:
+    """`a, b (why); c (why)`"""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(group)} ({why})" for why, group in names.items())
+
+
 def read_report(folder: Path) -> dict[str, Any] | None:
     """What the report of an exported folder says; None where there is none of ours."""
     try:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.export.export_report import ExportReport
+from pretrain.export.export_report import ExportReport, left_out_of
+from pretrain.export.loading import library_of, loading
 from pretrain.export.results import Result
 from pretrain.export.source import RunWeights
 
@@ -19,20 +20,22 @@ def model_card(source: RunWeights, report: ExportReport) -> str:
     """Markdown with the header that model hubs read. source: as it was exported, changes included."""
     backbone, license = source.backbone, report.options["license"]
     height, width = source.image_size
+    is_timm = report.format in ("timm", "hf-hub")
     sections = [
-        f"---\nlibrary_name: timm\nlicense: {license}\ntags:\n- image-feature-extraction\n- timm\n---",
+        _header(report.format, license),
         f"# {backbone.name}, {' + '.join(source.tasks) or 'self-supervised'}",
         f"A {'Swin' if backbone.is_swin else 'Vision'} Transformer backbone without classifier, pretrained "
         "without labels by `pretrain`: "
         f"{report.num_parameters / 1e6:.1f} M parameters, images of {height} x {width} px, "
         f"{backbone.patch_px} px patches.",
-        "## Load\n\n" + _load(source, report),
+        "## Load\n\n" + loading(source, report),
         "## Input\n\n"
         f"RGB, centre crop of {height} x {width} px, {source.interpolation}; "
-        f"mean {list(source.mean)}, std {list(source.std)} for pixels in [0, 1]: the run's own values, "
-        "which `timm.data.resolve_model_data_config(model)` returns.",
-        "## Tokens\n\n" + _tokens(source),
+        f"mean {list(source.mean)}, std {list(source.std)} for pixels in [0, 1]: the run's own values"
+        + (", which `timm.data.resolve_model_data_config(model)` returns." if is_timm else "."),
     ]
+    if is_timm:
+        sections.append("## Tokens\n\n" + _tokens(source))
     if report.changes:
         lines = [f"- {change['told']}" for change in report.changes]
         sections.append("## Changes to the run's backbone\n\n" + "\n".join(lines))
@@ -46,36 +49,11 @@ def model_card(source: RunWeights, report: ExportReport) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _load(source: RunWeights, report: ExportReport) -> str:
-    height, width = source.image_size
-    name = Path(report.folder).name
-    if report.format == "hf-hub":
-        where, comment = "hf-hub:OWNER/NAME", "  # where this folder was uploaded"
-        before = f"Upload the folder once: `hf upload OWNER/NAME {name}`.\n\n"
-    else:
-        where, comment, before = f"local-dir:{name}", "  # the path of this folder", ""
-    return (
-        f"{before}```python\nimport timm\n"
-        + (_REGISTER_T2T if source.backbone.name == "t2t_vit_14" else "")
-        + f'model = timm.create_model("{where}", pretrained=True).eval(){comment}\n'
-        + f"features = model(images)  # normalised (B, 3, {height}, {width}) -> (B, {source.embed_dim})\n"
-        "```\n\n"
-        "`pretrained=True` matters: without it timm builds the same model with random weights and says "
-        f"nothing. It {report.note}. `num_classes=N` adds a new classifier, another `img_size` resamples "
-        "the position grid, `features_only=True` gives feature maps." + _pooling(source)
-    )
-
-
-def _pooling(source: RunWeights) -> str:
-    """What timm's own way to pool by the mean would do to a model with a class token."""
-    if source.backbone.is_swin or not source.backbone.class_token:
-        return ""
-    return (
-        ' `global_pool="avg"` needs `fc_norm=False` with it, or an export with `--global-pool avg`: alone it '
-        "fails, and with `num_classes=N` it silently puts a fresh norm in the place of the trained one."
-        if source.backbone.args.get("global_pool") != "avg"
-        else " The mean of the patch tokens is taken behind the trained norm (`fc_norm=False`)."
-    )
+def _header(format: str, license: str) -> str:
+    library = library_of(format)
+    first, last = ([f"library_name: {library}"], [f"- {library}"]) if library else ([], [])
+    lines = [*first, f"license: {license}", "tags:", "- image-feature-extraction", *last]
+    return "\n".join(["---", *lines, "---"])
 
 
 def last_metrics(run: Path, step: int) -> dict[str, str]:
@@ -102,9 +80,6 @@ def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
-
-
-_REGISTER_T2T = "from pretrain.models.t2t import register_t2t\n\nregister_t2t()  # timm has no T2T-ViT\n"
 
 
 def _tokens(source: RunWeights) -> str:
@@ -156,9 +131,12 @@ def _results(results: Sequence[Result]) -> str:
 
 def _proof(report: ExportReport) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    read = "" if report.max_abs_difference is None else " read this folder"
+    of = "" if report.max_abs_difference is None else " of those of the checkpoint"
+    left_out = f" Left out: {left_out_of(report.left_out)}." if report.left_out else ""
     return (
-        f"{report.consumer} read this folder: {report.mapping}; {report.agreement} of those of the "
-        f"checkpoint. Written with {versions}. `export_report.json` has the details."
+        f"{report.consumer}{read}: {report.mapping}; {report.agreement}{of}.{left_out} Written with "
+        f"{versions}. `export_report.json` has the details."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pretrain.export.export_report import left_out_of
 from pretrain.export.exporting import Exported, Impossible
 
 WORDS = {
@@ -20,20 +21,22 @@ def lines_of(done: Sequence[Exported | Impossible]) -> Iterator[str]:
     reports = [each.report for each in done if isinstance(each, Exported)]
     if reports:
         first = reports[0]
-        yield f"weights   {first.architecture}, {first.source_weights} of step {first.source_step}"
-        yield from (f"changed   {change['told']}" for change in first.changes)
+        yield f"weights      {first.architecture}, {first.source_weights} of step {first.source_step}"
+        yield from (f"changed      {change['told']}" for change in first.changes)
     for each in done:
         if isinstance(each, Impossible):
-            yield f"{each.target.format:<9} impossible: {each.why}"
+            yield f"{each.target.format:<12} impossible: {each.why}"
             continue
-        yield f"{each.target.format:<9} {_shown(each.target.out)}: {WORDS[each.state]}"
-        yield f"          {each.report.consumer}: {each.report.mapping}; {each.report.agreement}"
+        yield f"{each.target.format:<12} {_shown(each.target.out)}: {WORDS[each.state]}"
+        yield f"             {each.report.consumer}: {each.report.mapping}; {each.report.agreement}"
+        if each.report.left_out:
+            yield f"             left out: {left_out_of(each.report.left_out)}"
         if each.report.note:
-            yield f"          {each.report.note}"
+            yield f"             {each.report.note}"
         if each.kept is not None:
-            yield f"          the older one had been changed, and was kept as {_shown(each.kept)}"
+            yield f"             the older one had been changed, and was kept as {_shown(each.kept)}"
         if each.target.format == "timm":
-            yield f"load      timm.create_model('local-dir:{_shown(each.target.out)}', pretrained=True)"
+            yield f"load         timm.create_model('local-dir:{_shown(each.target.out)}', pretrained=True)"
 
 
 def table_of(done: Sequence[Exported | Impossible]) -> str:
@@ -41,7 +44,7 @@ def table_of(done: Sequence[Exported | Impossible]) -> str:
     rows = [("format", "tensors", "largest difference", "limit", "against")]
     for each in done:
         if isinstance(each, Impossible):
-            rows.append((each.target.format, "", "", "", f"impossible: {each.why}"))
+            rows.append((each.target.format, "", "impossible", "", ""))
             continue
         report = each.report
         numbers = ("not compared", "")

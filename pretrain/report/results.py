@@ -184,46 +184,37 @@ def _flat(result: Result, before: str = "", depth: int = 0) -> list[tuple[str, s
 
 def export_section(reports: Mapping[str, Result]) -> Section:
     """reports: export_report.json by the folder it lies in."""
-    rows = []
-    for folder, report in reports.items():
-        matched, missing, unexpected = (report.get(key) for key in ("matched", "missing", "unexpected"))
-        counts = [
-            len(value) if isinstance(value, Sequence) else 0 for value in (matched, missing, unexpected)
-        ]
-        difference, limit = _real(report.get("max_abs_difference")), _real(report.get("tolerance"))
-        rows.append(
-            (
-                folder,
-                str(report.get("format", "")),
-                str(report.get("architecture", "")),
-                f"{report.get('source_weights', '?')}, step {report.get('source_step', '?')}",
-                f"{counts[0]} / {counts[1]} / {counts[2]}",
-                f"{number(difference)} (limit {number(limit)})",
-                str(report.get("model_sha256", ""))[:12],
-            )
-        )
+    head = ("folder", "format", "architecture", "weights", "read by", "tensors", "difference", "sha256")
     return section(
         "export",
         "Export",
         how_to_read(
-            "The weights as others load them; an export is opened again and compared with the checkpoint "
-            "before it is kept. ",
+            "The weights as others load them; an export is opened again by who is to read it and compared "
+            "with the checkpoint before it is kept. ",
             tag("b", "Good"),
             ": nothing missing or unexpected, the step of the newest checkpoint, a difference below its "
             "limit.",
         ),
-        table(
-            (
-                "folder",
-                "format",
-                "architecture",
-                "weights",
-                "matched / missing / unexpected",
-                "difference",
-                "sha256",
-            ),
-            rows,
-        ),
+        table(head, [_exported(folder, report) for folder, report in reports.items()]),
+    )
+
+
+def _exported(folder: str, report: Result) -> tuple[str, ...]:
+    counts = []
+    for key in ("matched", "missing", "unexpected", "left_out"):
+        held = report.get(key)
+        if isinstance(held, Sequence | Mapping) and (held or key != "left_out"):
+            counts.append(f"{len(held)} {key.replace('_', ' ')}")
+    difference, limit = _real(report.get("max_abs_difference")), _real(report.get("tolerance"))
+    return (
+        folder,
+        str(report.get("format", "")),
+        str(report.get("architecture", "")),
+        f"{report.get('source_weights', '?')}, step {report.get('source_step', '?')}",
+        str(report.get("consumer", "")),
+        ", ".join(counts),
+        "not compared" if difference is None else f"{number(difference)} (limit {number(limit)})",
+        str(report.get("model_sha256", ""))[:12],
     )
 
 

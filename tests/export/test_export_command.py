@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from run_folder import tiny_config, write_checkpoint
+import yaml
+from run_folder import seal, tiny_config, write_checkpoint
 
 from pretrain import attempts
 from pretrain.cli import main
@@ -145,6 +146,61 @@ def test_wrong_input_is_one_line_and_code_2(
     (here / "mine").mkdir()
     (here / "mine" / "thesis.tex").touch()
     code, out, error = export(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert told in error
+    assert error.count("\n") == 1
+    assert not (here / "run" / "exported").exists()
+
+
+def spoil(checkpoint: Path, how: str) -> None:
+    """Damage a checkpoint, or make another's of it, manifest and all."""
+    weights, config = checkpoint / "weights" / "student.safetensors", checkpoint / "config.yaml"
+    if how == "a byte of the weights":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        return
+    if how == "no manifest":
+        (checkpoint / "MANIFEST.json").unlink()
+        return
+    if how == "no weights":
+        weights.unlink()
+        return
+    values = yaml.safe_load(config.read_text())
+    if how == "another depth":
+        values["model"]["args"]["depth"] = 3
+    elif how == "no such architecture":
+        values["model"]["name"] = "vit_smol_patch16_224"
+    elif how == "another family":
+        values["model"] |= {"name": "resnet18", "args": {}}
+    config.write_text("- not a run" if how == "not a run" else yaml.safe_dump(values))
+    if how == "fewer registers":
+        (checkpoint / "state.json").write_text(json.dumps({"step": 1000, "registers": []}))
+    if how == "not tensors":
+        weights.write_bytes(b"PK")
+    seal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("a byte of the weights", "the file is damaged, use another checkpoint"),
+        ("no manifest", "MANIFEST.json is missing or damaged"),
+        ("no weights", "No such file or directory"),
+        ("another depth", "fit the model of config.yaml in 31 of 43 tensors; missing: blocks.2."),
+        ("fewer registers", "unexpected: reg_token"),
+        ("no such architecture", "timm has no architecture 'vit_smol_patch16_224'; did you mean"),
+        ("another family", "'resnet18' is of no family that is supported"),
+        ("not a run", "config.yaml or state.json is not a run's"),
+        ("not tensors", "is not in the format safetensors"),
+    ],
+)
+def test_a_checkpoint_that_is_damaged_or_of_something_else_is_one_line_and_code_2(
+    how: str, told: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_checkpoint(here / "run", tiny_config(), ("rotation",))
+    spoil(checkpoint, how)
+    code, out, error = export(capsys, str(checkpoint))
     assert (code, out) == (2, "")
     assert told in error
     assert error.count("\n") == 1

@@ -34,6 +34,7 @@ batch: {global_size: 8}
 engine: {kind: local, precision: fp32}
 checkpoint: {every_steps: 2}
 log: {every_steps: 1, prometheus: {port: 0}}
+export: {at_end: false}
 """
 NUM_CLASSES = 4
 

@@ -220,18 +220,27 @@ def test_few_labels_detectors_and_segmenters_have_tables_of_their_own() -> None:
         assert evaluation_section({"x": broken}).body is not None
 
 
-def test_an_export_tells_what_matched() -> None:
+def test_an_export_tells_what_matched_and_who_read_it() -> None:
     report = {"format": "timm", "architecture": "vit", "source_weights": "student", "source_step": 720}
-    report |= {
-        "matched": ["a", "b"],
-        "missing": [],
-        "unexpected": ["c"],
-        "max_abs_difference": 0.0,
-        "tolerance": 4e-5,
-    }
-    rows = cells(text_of(export_section({"exported": report, "exported/other": {}})))
-    assert rows[1][:6] == ["exported", "timm", "vit", "student, step 720", "2 / 0 / 1", "0 (limit 4.00e-05)"]
-    assert rows[2][0] == "exported/other"
+    report |= {"matched": ["a", "b"], "missing": [], "unexpected": ["c"], "left_out": {}, "consumer": "timm"}
+    report |= {"max_abs_difference": 0.0, "tolerance": 4e-5, "model_sha256": "0123456789abcdef"}
+    other = {"matched": ["a"], "left_out": {"mask": "why"}, "max_abs_difference": None}
+    rows = cells(text_of(export_section({"exported": report, "exported-formats/<x>": other})))
+    matched = "2 matched, 0 missing, 1 unexpected"
+    assert rows[1] == [
+        *(
+            "exported",
+            "timm",
+            "vit",
+            "student, step 720",
+            "timm",
+            matched,
+            "0 (limit 4.00e-05)",
+            "0123456789ab",
+        ),
+    ]
+    assert rows[2][0] == "exported-formats/<x>"
+    assert rows[2][5:7] == ["1 matched, 1 left out", "not compared"]
 
 
 def training(lines: list[str], **changes: Any) -> Training:

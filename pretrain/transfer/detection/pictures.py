@@ -18,7 +18,7 @@ from pretrain.transfer.detection.masks import Segmentation, decode
 
 LEAST_PX, MOST_PX = 480, 800  # of the longer side of a panel
 GAP_PX, CAPTION_PX = 8, 22
-MANY = 40  # objects in a panel, above which scores would cover them
+MANY = 25  # objects in a panel, above which words would cover them
 GOLDEN = 0.618034  # of the circle of hues: neighbours in number are far apart in colour
 TINT = 0.45  # share of the colour in a mask
 JPEG_QUALITY = 88
@@ -54,19 +54,20 @@ def draw(found: CocoSet, place: int, detections: Sequence[dict[str, Any]], thres
     """Ground truth and detections of one image side by side, each object in a colour of its own."""
     image = found.image(place)
     rows = found.rows(place)
-    name_of = dict(zip((category.id for category in found.categories), found.category_names, strict=True))
+    names = found.category_names if len(found.categories) > 1 else ("",)  # one name says nothing
+    name_of = dict(zip((category.id for category in found.categories), names, strict=True))
     truth = [
         _Shown(
             tuple(found.boxes[row].tolist()),
             found.segmentation(row) if found.has_masks else None,
-            "crowd" if found.crowds[row] else found.category_names[found.labels[row] - 1],
+            "crowd" if found.crowds[row] else names[found.labels[row] - 1],
         )
         for row in rows
     ]
     predicted = []
     for one in detections:
         left, top, width, height = one["bbox"]
-        said = f"{name_of[one['category_id']]} {100 * one['score']:.0f}"
+        said = f"{name_of[one['category_id']]} {100 * one['score']:.0f}".strip()
         predicted.append(_Shown((left, top, left + width, top + height), one.get("segmentation"), said))
     num_crowds = int(found.crowds[rows].sum())
     crowds = f" and {num_crowds} crowds" if num_crowds else ""
