@@ -360,7 +360,11 @@ def test_the_deepspeed_file_is_found_beside_the_config_and_written_out_in_full(t
     assert "zero.json" not in config.to_yaml()
 
 
-SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "studies")
+SHIPPED = sorted(  # of runs: studies and recipes of detectors and segmenters are settings of another kind
+    path
+    for path in CONFIGS.rglob("*.yaml")
+    if path.parent.name not in ("studies", "transfer") or path.stem.endswith("_pretrain")
+)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
