@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pretrain import __version__
+from pretrain.config import RunConfig
 from pretrain.data.manifest import Split
 from pretrain.errors import UserError
 from pretrain.illustrate.features import (
@@ -27,7 +28,7 @@ from pretrain.illustrate.features import (
 from pretrain.illustrate.head import overview_of, readers_of, task_kinds, total_steps
 from pretrain.illustrate.images import Picked, pick, split_of, split_of_run
 from pretrain.illustrate.predictions import WITHOUT_PIXELS, restorations_of, restored_tasks
-from pretrain.illustrate.run_files import RunFiles, open_run
+from pretrain.illustrate.run_files import RunFiles, config_of_run, open_run
 from pretrain.illustrate.shown_views import samples_of
 from pretrain.report.attention_maps import attention_section
 from pretrain.report.feature_maps import neighbours_section, patch_colors_section, plane_section
@@ -65,7 +66,7 @@ class Sources:
 
 def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Write the report of a run. A UserError, before any work, says what is wrong."""
-    files = open_run(arguments.run)
+    config = config_of_run(arguments.run)
     out = _place(arguments.out or arguments.run / "report.html")
     if arguments.train and not arguments.eval:
         raise UserError("--train is where neighbours of --eval are looked for; give --eval too")
@@ -74,7 +75,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; leave it out, or use cpu")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    sources = _sources(files, arguments)
+    sources = _sources(config, arguments)
+    files = open_run(arguments.run, config)
     sections = _sections(files, sources, device, say)
     title = f"{files.folder.resolve().name}: pretraining report"
     footer = (
@@ -89,12 +91,12 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
             say(f"  left out: {part.title}: {part.missing}")
 
 
-def _sources(files: RunFiles, arguments: argparse.Namespace) -> Sources:
+def _sources(config: RunConfig, arguments: argparse.Namespace) -> Sources:
     evaluation = split_of(arguments.eval, "test") if arguments.eval else None
     bank = split_of(arguments.train, "train") if arguments.train else evaluation
     if arguments.images:
         return Sources(split_of(arguments.images, "test"), "", evaluation, bank)
-    split, why = split_of_run(files.config)
+    split, why = split_of_run(config)
     if split is None and evaluation is not None:
         return Sources(evaluation, "", evaluation, bank)
     return Sources(split, why, evaluation, bank)

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
 from pretrain import checkpoint
 from pretrain.attempts import FOLDER as ATTEMPTS
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import RunConfig, load_config
-from pretrain.errors import CheckpointError, UserError
+from pretrain.errors import UserError
 from pretrain.oversight import ANOMALIES
 from pretrain.report.curves import Record, parse_records
 from pretrain.report.training import Attempt
@@ -41,8 +44,8 @@ class RunFiles:
     why_not_saved: str = ""
 
 
-def open_run(folder: Path) -> RunFiles:
-    """A UserError says why a folder is none of a run."""
+def config_of_run(folder: Path) -> RunConfig:
+    """Quick, so that wrong input is told before anything is read; a UserError says why a folder is no run."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the folder of a run")
     if (folder / checkpoint.MANIFEST).is_file():
@@ -51,7 +54,11 @@ def open_run(folder: Path) -> RunFiles:
         )
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: is not the folder of a run, for it has no config.yaml; give one that has")
-    config = load_config(folder / "config.yaml")
+    return load_config(folder / "config.yaml")
+
+
+def open_run(folder: Path, config: RunConfig) -> RunFiles:
+    """config: of `config_of_run`."""
     saved, why_not = _newest_checkpoint(folder)
     attempts, command = _attempts(folder)
     return RunFiles(
@@ -80,10 +87,22 @@ def _newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, str]:
                 logger.warning("passed over: %s", line)
             if found is None:
                 return None, f"no checkpoint of the run is whole ({'; '.join(rejected)})" if rejected else why
-            return checkpoint.read_checkpoint(found), ""
-        except (OSError, CheckpointError) as error:  # the run prunes as it goes
+            return read_weights(found), ""
+        except (OSError, SafetensorError) as error:  # the run prunes as it goes
             why = f"the newest checkpoint could not be read ({error})"
     return None, why
+
+
+def read_weights(folder: Path) -> Checkpoint:
+    """A checkpoint that was verified just before, without the optimizer's state, which is most of it."""
+    teacher = folder / checkpoint.TEACHER
+    return Checkpoint(
+        folder,
+        json.loads((folder / checkpoint.STATE).read_text()),
+        load_file(folder / checkpoint.STUDENT),
+        load_file(teacher) if teacher.exists() else None,
+        optimizer={},
+    )
 
 
 def _attempts(folder: Path) -> tuple[tuple[Attempt, ...], tuple[str, ...]]:

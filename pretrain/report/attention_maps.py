@@ -52,7 +52,7 @@ def attention_section(attention: Attention) -> Section:
     query = (
         "what a patch attends to on average, for no task of this run reads a class token"
         if is_mean
-        else (f"the {first.name} token as query and the patches as keys")
+        else f"the {first.name} token as query and the patches as keys"
     )
     parts: list[Markup | None] = [
         how_to_read(
@@ -94,21 +94,14 @@ def _tokens(attention: Attention) -> list[Markup | None]:
     rows = []
     for place, token in enumerate(attention.images[0].tokens):
         all_of_it = [image.tokens[place] for image in attention.images]
-        apart = [
-            float(
-                np.corrcoef(image.tokens[0].heads.mean(0).ravel(), image.tokens[place].heads.mean(0).ravel())[
-                    0, 1
-                ]
-            )
-            for image in attention.images
-        ]
+        like = [likeness(image.tokens[0], image.tokens[place]) for image in attention.images]
         rows.append(
             (
                 token.name,
                 attention.readers.get(token.name, ""),
                 f"{100 * np.mean([one.on_patches for one in all_of_it]):.0f} %",
                 f"{np.mean([one.evenness for one in all_of_it]):.2f}",
-                "itself" if place == 0 else f"{np.mean(apart):.2f}",
+                "itself" if place == 0 else f"{np.mean(like):.2f}",
             )
         )
     cells: list[Markup] = []
@@ -133,6 +126,14 @@ def _tokens(attention: Attention) -> list[Markup | None]:
         table(("token", "read by", "on patches", "evenness", "like the first"), rows, numbers=(2, 3, 4)),
         panels(cells, "panels tokens", width),
     ]
+
+
+def likeness(one: TokenAttention, other: TokenAttention) -> float:
+    """Correlation of two maps, each the mean of its heads; 0 where one of them is the same everywhere."""
+    maps = [token.heads.mean(axis=0).ravel().astype(np.float64) for token in (one, other)]
+    centred = [values - values.mean() for values in maps]
+    lengths = [float(np.linalg.norm(values)) for values in centred]
+    return float(centred[0] @ centred[1]) / (lengths[0] * lengths[1]) if min(lengths) > 1e-9 else 0.0
 
 
 def masked(image: Pixels, mass: NDArray[np.bool_]) -> Pixels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,6 +19,7 @@ from pretrain.report.attention import (
     mass_mask,
     queries_of,
 )
+from pretrain.report.attention_maps import TokenAttention, likeness, masked
 from pretrain.tokens import TokenLayout
 
 TINY: dict[str, Any] = {"depth": 2, "embed_dim": 24, "num_heads": 3}
@@ -169,3 +171,28 @@ def test_evenness_runs_from_one_patch_to_all() -> None:
     half = torch.zeros(1, 16)
     half[0, :4] = 0.25
     assert evenness(half) == pytest.approx(0.5, abs=1e-6)
+
+
+def of_maps(*heads: list[float]) -> TokenAttention:
+    maps = np.array(heads, np.float32).reshape(len(heads), 2, 2)
+    return TokenAttention("class", maps, 1.0, 1.0, np.ones((2, 2), bool))
+
+
+def test_tokens_are_compared_by_the_mean_of_their_heads() -> None:
+    one, other = of_maps([1, 2, 3, 4], [3, 2, 1, 4]), of_maps([2, 2, 2, 5])
+    assert (
+        likeness(one, other)
+        == pytest.approx(np.corrcoef([2, 2, 2, 4], [2, 2, 2, 5])[0, 1])
+        == pytest.approx(1)
+    )
+    assert likeness(one, of_maps([4, 3, 2, 1])) < 0
+    assert likeness(one, of_maps([1, 1, 1, 1])) == 0.0  # nothing to compare, and no warning
+
+
+def test_the_mask_dims_all_other_patches() -> None:
+    image = np.full((6, 4, 3), 200, np.uint8)
+    shown = masked(image, np.array([[True, False], [False, False], [False, True]]))
+    assert (shown[:2, :2] == 200).all()
+    assert (shown[4:, 2:] == 200).all()
+    assert (shown[:2, 2:] == 44).all()
+    assert (shown[2:4] == 44).all()

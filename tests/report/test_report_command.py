@@ -195,7 +195,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_read_is_no_end(
 ) -> None:
     from pretrain.illustrate import run_files
 
-    real, calls = run_files.checkpoint.read_checkpoint, []
+    real, calls = run_files.read_weights, []
 
     def pruned_once(folder: Path) -> Any:
         calls.append(folder)
@@ -203,7 +203,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_read_is_no_end(
             shutil.rmtree(folder)
         return real(folder)
 
-    monkeypatch.setattr(run_files.checkpoint, "read_checkpoint", pruned_once)
+    monkeypatch.setattr(run_files, "read_weights", pruned_once)
     header = report(run).all("header")[0].text
     assert [folder.name for folder in calls] == ["step-00000008.2", "step-00000006.2"]
     assert "step-00000006.2" in header
