@@ -278,8 +278,11 @@ def test_two_processes_learn_and_count_as_one_does(weights: Path, data: Path, tm
     run_segmentation(request, recipe_of(*TWO_STEPS))
     one, two = (load_file(tmp_path / name / "segmenter.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for name, tensor in one.items():  # float32, summed in another order through two batch norms and two steps
+        scale = float(tensor.abs().max())
+        torch.testing.assert_close(
+            two[name], tensor, rtol=1e-4, atol=5e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
     counts = [np.array(result_of(tmp_path / name)["confusion"]) for name in ("one", "two")]
     assert counts[0].sum() == counts[1].sum()  # every labelled pixel once
     assert np.abs(counts[0] - counts[1]).sum() <= 0.01 * counts[0].sum()  # rounding may turn a close call
