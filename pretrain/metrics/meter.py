@@ -66,7 +66,6 @@ def _step_in(line: str) -> float:
 
 # values that count from the start of the process, and where they are published
 _COUNTERS = {
-    "bad_samples": names.BAD_SAMPLES,
     "storage_retries": names.STORAGE_RETRIES,
     "backbone_calls": names.BACKBONE_CALLS,
     "teacher_calls": names.TEACHER_CALLS,
@@ -115,7 +114,7 @@ class Meter:
         publish = self.exporter
         publish.add(names.STEPS, 1)
         publish.add(names.IMAGES, self.global_batch)
-        publish.add(names.SKIPPED_STEPS, int(skipped))
+        publish.add(names.NONFINITE_STEPS, int(skipped))
         publish.add(names.DATA_WAIT, wait_seconds)
         publish.observe(names.STEP_SECONDS, seconds)
         publish.set(names.EPOCH, step * self.global_batch / self.images_per_epoch)
@@ -145,8 +144,7 @@ class Meter:
 
     def publish_ranks(self, speeds: Sequence[float]) -> None:
         """How fast each rank works, in rank order."""
-        for rank, speed in enumerate(speeds):
-            self.exporter.set(names.RANK_SPEED, speed, str(rank))
+        self.exporter.set(names.RANK_SPEED, speeds[0])
 
     def publish_evaluation(self, name: str, k: int, accuracy_ratio: float) -> None:
         self.exporter.set(names.EVAL_ACCURACY, accuracy_ratio, name, str(k))
@@ -189,7 +187,7 @@ class Meter:
         }
         # the digest of the samples identifies one batch, and the others count from the start: a mean of
         # them would say nothing
-        for name in ("samples", *_COUNTERS):
+        for name in ("samples", "bad_samples", *_COUNTERS):
             value = values.get(name)
             record[name] = value if value is None or math.isfinite(value) else None
         self.lines.write(record)
