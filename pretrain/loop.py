@@ -244,7 +244,8 @@ class Loop:
         def tally() -> Tensor:
             self.watchdog.enter("step", step)
             failures = self.saver.failures_in_a_row if self.saver else 0
-            counts = [float(self.batches.num_bad), float(self.batches.num_retries), self.preemption.code()]
+            read = self.batches.counts
+            counts = [float(read.num_bad), float(read.num_retries), self.preemption.code()]
             work_seconds = [0.0] * self.place.world_size
             work_seconds[self.place.rank] = self.work_time.seconds
             own = torch.tensor([*counts, float(failures), *work_seconds], dtype=torch.float64, device=device)

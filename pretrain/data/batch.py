@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from pretrain.data.columns import NO_LABEL
+from pretrain.data.counts import ReadCounts
 from pretrain.data.decode import MAX_PIXELS
 from pretrain.data.mixture import Mixture
 from pretrain.views.plan import ViewConfig
@@ -92,12 +93,12 @@ class Batches(Protocol):
     def close(self) -> None: ...
 
     @property
-    def num_bad(self) -> int:
-        """Distinct samples that could not be used."""
+    def counts(self) -> ReadCounts:
+        """What was read so far, and what of it was no good."""
 
     @property
-    def num_retries(self) -> int:
-        """Reads from storage that were tried again."""
+    def process_ids(self) -> tuple[int, ...]:
+        """Processes that work for this rank alone."""
 
     @property
     def wait_seconds(self) -> float:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 
 from pretrain.data.batch import Batch, crop_sizes
+from pretrain.data.counts import ReadCounts
 from pretrain.data.crop_writer import Ring
-from pretrain.data.sources import Retries
 from pretrain.data.worker import Work, begin_work
 
 T = TypeVar("T")
@@ -21,11 +21,11 @@ class InlineBatches:
     """The batches of a loader process, without the process."""
 
     is_ready = False
+    process_ids: tuple[int, ...] = ()
 
     def __init__(self, work: Work) -> None:
         self.wait_seconds = 0.0
         self._micro_step = work.start_micro_step
-        self._retries = Retries()
         local_batch_size = work.batch_size // work.world_size
         sizes = [view.size_px for view in work.views]
         crops = tuple(
@@ -33,7 +33,7 @@ class InlineBatches:
             for size in crop_sizes(work.views)
         )
         self._ring = Ring(crops, torch.empty((1, 3, local_batch_size), dtype=torch.int64))
-        self._writer, self._lanes = begin_work(work, self._ring, _Here(), self._retries)
+        self._writer, self._lanes, self._opener = begin_work(work, self._ring, _Here())
 
     def __iter__(self) -> InlineBatches:
         return self
@@ -49,12 +49,8 @@ class InlineBatches:
         return Batch(tuple(crops[0] for crops in self._ring.crops), sample_ids, epochs, labels)
 
     @property
-    def num_bad(self) -> int:
-        return self._writer.quarantine.num_met
-
-    @property
-    def num_retries(self) -> int:
-        return self._retries.num
+    def counts(self) -> ReadCounts:
+        return self._opener.counts(self._writer.quarantine.met_by_reason)
 
     def close(self) -> None:
         """Let the reads in progress come to their end, and close what they read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
@@ -27,7 +28,7 @@ class Quarantine:
     def __init__(self, path: Path | None, num_samples: int, max_bad_ratio: float, data: str = "") -> None:
         self.path = path
         self.num_allowed = max(1, int(max_bad_ratio * num_samples))
-        self.num_met = 0  # samples that this process put on record
+        self.met_by_reason: Counter[str] = Counter()  # samples that this process put on record
         self._data = data  # says which data the ids are of
         self._known: set[int] = set()
         self._num_read = 0  # bytes of the file
@@ -36,6 +37,11 @@ class Quarantine:
             if path is not None and path.is_file():
                 with path.open("rb") as file:
                     self._read_on(file)
+
+    @property
+    def num_met(self) -> int:
+        """Samples that this process put on record."""
+        return self.met_by_reason.total()
 
     @property
     def num_bad(self) -> int:
@@ -64,7 +70,7 @@ class Quarantine:
                     return
                 self._append(file, sample, reason)
         self._known.add(sample.sample_id)
-        self.num_met += 1
+        self.met_by_reason[reason] += 1
 
     @contextlib.contextmanager
     def _shared_file(self) -> Iterator[IO[bytes] | None]:

@@ -20,7 +20,7 @@ from pretrain.data.mixture import Mixture
 from pretrain.data.quarantine import CHECKSUM, Quarantine
 from pretrain.data.reader import EncodedSample, read_split
 from pretrain.data.side_by_side import side_by_side
-from pretrain.data.sources import Retries, ShardOpener
+from pretrain.data.sources import ShardOpener
 from pretrain.errors import DataError
 from pretrain.views.pixels import crop_resize
 from pretrain.views.plan import ViewConfig, crop_boxes
@@ -31,6 +31,8 @@ class ResidentBatches:
 
     A bad image is replaced by the next good one of the split; a stream replaces it by one of its block.
     """
+
+    process_ids: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -51,10 +53,9 @@ class ResidentBatches:
         # every rank reads the whole split, and rank 0 alone records what is bad in it
         path = quarantine_path if rank == 0 else None
         quarantine = Quarantine(path, mixture.num_samples, config.max_bad_ratio, mixture.data_hash)
-        retries = Retries()
-        images, samples, is_good = _decode_all(config, mixture, quarantine, retries)
-        self.num_retries = retries.num
-        self.num_bad = quarantine.num_met if rank == 0 else 0
+        opener = ShardOpener(config)
+        images, samples, is_good = _decode_all(config, mixture, quarantine, opener)
+        self.counts = opener.counts(quarantine.met_by_reason if rank == 0 else {})
         labels = [NO_LABEL if sample.label is None else sample.label for sample in samples]
         self.images = torch.from_numpy(images).to(device)  # uint8 (N, H, W, 3)
         self.sample_ids = torch.tensor([sample.sample_id for sample in samples])  # ascending
@@ -96,13 +97,12 @@ class ResidentBatches:
 
 
 def _decode_all(
-    config: DataConfig, mixture: Mixture, quarantine: Quarantine, retries: Retries
+    config: DataConfig, mixture: Mixture, quarantine: Quarantine, open_shard: ShardOpener
 ) -> tuple[NDArray[np.uint8], list[EncodedSample], NDArray[np.bool_]]:
     """All images of all sources, uint8 (N, H, W, 3), their samples, and which of them decoded."""
     images: NDArray[np.uint8] | None = None
     samples: list[EncodedSample] = []
     is_good = np.zeros(mixture.num_samples, dtype=np.bool_)
-    open_shard = ShardOpener(config, retries)
     stored = (
         sample
         for source in mixture.sources

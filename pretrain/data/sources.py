@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pretrain.data.batch import DataConfig
 from pretrain.data.cache import CacheConfig, ShardCache
+from pretrain.data.counts import ReadCounts
 from pretrain.data.manifest import Manifest, Shard, Split
 from pretrain.data.mixture import Mixture, mix
-from pretrain.data.storage import OnRetry, RangeFile, StorageConfig, open_file, parse_location
+from pretrain.data.storage import RangeFile, StorageConfig, open_file, parse_location
 from pretrain.errors import ConfigError
 
 
@@ -44,33 +45,33 @@ def mixture_of(config: DataConfig, splits: Sequence[Split], seed: int, batch_siz
     )
 
 
-class Retries:
-    """Counts reads that had to be tried again."""
-
-    def __init__(self) -> None:
-        self.num = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, reason: str) -> None:
-        with self._lock:
-            self.num += 1
-
-
 class ShardOpener:
-    """Opens shards where they lie, or through the node's cache if there is one."""
+    """Opens shards where they lie, or through the node's cache if there is one, and counts. Thread-safe."""
 
-    def __init__(self, config: DataConfig, on_retry: OnRetry | None = None) -> None:
+    def __init__(self, config: DataConfig) -> None:
         self._storage = storage_of(config)
-        self._on_retry = on_retry
+        self._num_retries = self._num_opened = 0
+        self._counting = threading.Lock()
         self._cache: ShardCache | None = None
         if config.cache is not None:
             limits = CacheConfig(config.cache.folder, int(config.cache.max_gib * 2**30))
-            self._cache = ShardCache(limits, self._storage, on_retry)
+            self._cache = ShardCache(limits, self._storage, self._retried)
 
     def __call__(self, shard: Shard) -> RangeFile:
+        with self._counting:
+            self._num_opened += 1
         if self._cache is None:
-            return open_file(shard.location, self._storage, self._on_retry)
+            return open_file(shard.location, self._storage, self._retried)
         return self._cache.open(shard.location, shard.num_bytes, shard.sha256)
+
+    def _retried(self, reason: str) -> None:
+        with self._counting:
+            self._num_retries += 1
+
+    def counts(self, bad_by_reason: Mapping[str, int]) -> ReadCounts:
+        """What was opened so far, beside the samples that were no good."""
+        hits, misses = (self._cache.num_hits, self._cache.num_misses) if self._cache else (0, 0)
+        return ReadCounts(dict(bad_by_reason), self._num_retries, self._num_opened, hits, misses)
 
     def distrust(self, shard: Shard) -> bool:
         """Drop a copy of this shard if it is damaged; False where shards are read where they lie."""

@@ -16,6 +16,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from pretrain.data.batch import Batch, crop_sizes, ring_bytes
+from pretrain.data.counts import ReadCounts
 from pretrain.data.crop_writer import Ring
 from pretrain.data.worker import IGNORED_SIGNALS, Failure, Ready, Work, run
 from pretrain.errors import DataError, TrainingError
@@ -30,7 +31,7 @@ class StreamingBatches:
     """The trainer's end: takes finished batches by slot number and gives the slots back."""
 
     def __init__(self, work: Work) -> None:
-        self.num_bad = self.num_retries = 0
+        self.counts = ReadCounts()
         self.wait_seconds = 0.0
         self._rank = work.rank
         self._micro_step = work.start_micro_step
@@ -73,6 +74,11 @@ class StreamingBatches:
         return Batch(tuple(crops[slot] for crops in self._ring.crops), sample_ids, epochs, labels)
 
     @property
+    def process_ids(self) -> tuple[int, ...]:
+        """Of the loader, whose memory belongs to this rank."""
+        return () if self._process.pid is None else (self._process.pid,)
+
+    @property
     def is_ready(self) -> bool:
         """Whether the next batch can be had without waiting."""
         return self._failure is None and bool(self._loader.poll())
@@ -100,7 +106,7 @@ class StreamingBatches:
         except (EOFError, OSError):
             message = None
         if isinstance(message, Ready):
-            self.num_bad, self.num_retries = message.num_bad, message.num_retries
+            self.counts = message.counts
             return message.slot
         self._failure = self._explain(message)
         raise self._failure

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.batch import Batch
+from pretrain.data.counts import ReadCounts
 from pretrain.data.streaming import StreamingBatches
 from pretrain.errors import TrainingError, UserError
 
@@ -47,12 +48,12 @@ class DeviceBatches:
         return batch
 
     @property
-    def num_bad(self) -> int:
-        return self.batches.num_bad
+    def counts(self) -> ReadCounts:
+        return self.batches.counts
 
     @property
-    def num_retries(self) -> int:
-        return self.batches.num_retries
+    def process_ids(self) -> tuple[int, ...]:
+        return self.batches.process_ids
 
     @property
     def wait_seconds(self) -> float:

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 
 from pretrain.data.batch import DataConfig
+from pretrain.data.counts import ReadCounts
 from pretrain.data.crop_writer import CropWriter, Ring
 from pretrain.data.lane import Lane, open_lanes
 from pretrain.data.manifest import Split
 from pretrain.data.quarantine import Quarantine
-from pretrain.data.sources import Retries, ShardOpener, mixture_of
+from pretrain.data.sources import ShardOpener, mixture_of
 from pretrain.errors import UserError
 from pretrain.views.plan import ViewConfig
 
@@ -50,8 +51,7 @@ class Ready:
     """A slot holds the next batch."""
 
     slot: int
-    num_bad: int
-    num_retries: int
+    counts: ReadCounts
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def run(ring: Ring, trainer: Connection) -> None:
         os._exit(0)  # without waiting for threads that may hang in a read
 
 
-def begin_work(work: Work, ring: Ring, threads: Executor, retries: Retries) -> tuple[CropWriter, list[Lane]]:
-    """What fills the ring, and the lanes it takes samples from, already reading."""
+def begin_work(work: Work, ring: Ring, threads: Executor) -> tuple[CropWriter, list[Lane], ShardOpener]:
+    """What fills the ring, and the lanes it takes samples from, already reading; last, what opens shards."""
     config = work.config
     mixture = mixture_of(config, work.splits, work.seed, work.batch_size)
     quarantine = Quarantine(
@@ -89,8 +89,9 @@ def begin_work(work: Work, ring: Ring, threads: Executor, retries: Retries) -> t
     writer = CropWriter(ring, work.views, work.seed, threads, quarantine, config.max_pixels)
     own = mixture.lanes_of(work.rank, work.world_size)
     readers = ThreadPoolExecutor(NUM_READ_THREADS, "reader")
-    lanes = open_lanes(mixture, own, work.start_micro_step, readers, ShardOpener(config, retries))
-    return writer, lanes
+    opener = ShardOpener(config)
+    lanes = open_lanes(mixture, own, work.start_micro_step, readers, opener)
+    return writer, lanes, opener
 
 
 def _die_with_trainer() -> None:
@@ -109,8 +110,7 @@ def _allow_many_files() -> None:
 
 def _serve(work: Work, ring: Ring, trainer: Connection) -> None:
     """Fill free slots, batch after batch; while one is decoded, the next is already begun."""
-    retries = Retries()
-    writer, lanes = begin_work(work, ring, ThreadPoolExecutor(work.config.decode_threads), retries)
+    writer, lanes, opener = begin_work(work, ring, ThreadPoolExecutor(work.config.decode_threads))
     free = deque(range(ring.num_slots))
     begun: deque[tuple[int, list[Future[None]]]] = deque()
     micro_step = work.start_micro_step
@@ -131,4 +131,4 @@ def _serve(work: Work, ring: Ring, trainer: Connection) -> None:
             slot, tasks = begun.popleft()
             for task in tasks:
                 task.result()
-            trainer.send(Ready(slot, writer.quarantine.num_met, retries.num))
+            trainer.send(Ready(slot, opener.counts(writer.quarantine.met_by_reason)))

@@ -183,7 +183,7 @@ def test_bad_images_are_replaced_alike_everywhere_and_recorded_once(
     record = tmp_path / "quarantine.jsonl"
     with batches(spoiled, **settings, quarantine_path=record) as opened:
         whole = [copy(next(opened)) for _ in range(8)]
-        assert opened.num_bad == 3
+        assert opened.counts.num_bad == 3
     order = mixture_of(DataConfig(shards="x", **SETTINGS), [spoiled.split("train")], 3, 8)
     for micro_step, batch in enumerate(whole):
         wanted = order.batch(micro_step).sample_ids
@@ -386,7 +386,7 @@ def test_a_stalled_or_failing_read_is_tried_again_and_counted(
         opened = open_batches(config, splits, VIEWS, seed=3, batch_size=8)
         try:
             assert_equal([copy(next(opened)) for _ in range(8)], streamed)
-            assert opened.num_retries == 2
+            assert opened.counts.num_retries == 2
         finally:
             opened.close()
 
@@ -443,7 +443,7 @@ def test_ranks_share_one_record_and_one_budget(tmp_path: Path) -> None:
             for _ in range(8):  # an epoch, the ranks in turn
                 for batches in ranks:
                     next(batches)
-            return sum(batches.num_bad for batches in ranks)
+            return sum(batches.counts.num_bad for batches in ranks)
         finally:
             for batches in ranks:
                 batches.close()
@@ -461,7 +461,7 @@ def test_the_record_of_other_data_counts_for_nothing(manifest: Manifest, tmp_pat
     sample = next(iter(read_split(manifest.split("train"))))
     Quarantine(record, 100, 0.0, data="one").add(sample, "damaged")
     other = Quarantine(record, 100, 0.0, data="other")
-    assert other.num_bad == 0
+    assert other.counts.num_bad == 0
     other.add(sample, "damaged")
     assert [json.loads(line)["data"] for line in record.read_text().splitlines()] == ["one", "other"]
 
