@@ -253,6 +253,11 @@ def last_outcome(run_dir: Path) -> Outcome | None:
     return record.outcome if record else None
 
 
+def num_preempted(run_dir: Path) -> int:
+    """Attempts that ended on request, with their state saved."""
+    return sum(record.outcome == "preempted" for record in _records(run_dir).values() if record is not None)
+
+
 def is_over(run_dir: Path, number: int) -> bool:
     """Certain that nothing of this attempt writes any more, or may: ended, dead on this machine, or stale."""
     newest = _newest(run_dir)

@@ -90,6 +90,7 @@ class Written:
     seconds: float
     num_bytes: int
     folder: Path
+    free_bytes: int | None = None  # of the disk, then; None where the system does not say
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,9 @@ class CheckpointWriter:
             logger.exception("writing the checkpoint of step %d met an error of the program", snapshot.step)
             self._has_failed(snapshot, f"{type(error).__name__}: {error}", keep=False)
         else:
-            done = Written(snapshot.step, time.monotonic() - started, _size(folder), folder)
+            seconds, num_bytes = time.monotonic() - started, _size(folder)
             self._retain(snapshot, folder)
+            done = Written(snapshot.step, seconds, num_bytes, folder, free_bytes(folder.parent))
             with self._changed:
                 self._written.append(done)
                 self._failures_in_a_row = 0
@@ -494,6 +496,15 @@ def _size(folder: Path) -> int:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError:  # of a figure for the log
         return 0
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Of the disk that a folder lies on; None where the system does not say."""
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize
 
 
 def _replace_text(path: Path, text: str) -> None:

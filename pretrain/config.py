@@ -73,7 +73,10 @@ class TeacherConfig(Settings):
 
 
 class LogConfig(Settings):
+    """What is told of a run, and how often."""
+
     every_steps: Count = 10
+    health_every_steps: Count = 50  # effective rank of the features, which is too dear for every step
     prometheus: PrometheusConfig = PrometheusConfig()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from pretrain.errors import PreemptedError, TrainingError
 from pretrain.guard import Verdict, checksum, deviants
 from pretrain.memory import is_out_of_memory, out_of_memory_report
 from pretrain.metrics.meter import Meter
+from pretrain.metrics.rank_meter import RankMeter
 from pretrain.models.teacher import Teacher
 from pretrain.online_knn import OnlineKnn
-from pretrain.oversight import ANOMALIES, Oversight
+from pretrain.oversight import ANOMALIES, KINDS, Oversight
 from pretrain.passed_over import PassedOver
 from pretrain.preempt import PreemptConfig, Preemption
 from pretrain.preflight import Inspected, Request, identity
@@ -30,6 +31,7 @@ from pretrain.randomness import bits
 from pretrain.relabel import Relabeler
 from pretrain.rollbacks import write_rollbacks
 from pretrain.saving import Saver
+from pretrain.section_time import SectionTime, stopwatch
 from pretrain.views.prepare import Inputs, Recipe, prepare, with_labels
 from pretrain.watchdog import Watchdog, WatchdogConfig
 from pretrain.work_time import WorkTime
@@ -60,6 +62,7 @@ class Loop:
         saver: Saver | None = None,
         reopen: Callable[[int], Batches] | None = None,
         online_knn: OnlineKnn | None = None,
+        rank_meter: RankMeter | None = None,
     ) -> None:
         config = request.config
         self.config = config
@@ -74,6 +77,8 @@ class Loop:
         self.watchdog = watchdog or Watchdog(WatchdogConfig(enabled=False), 0, 1, self.run_dir)
         self.preemption = preemption or Preemption(PreemptConfig())
         self.work_time = work_time or WorkTime(place.device)
+        self.section_time = SectionTime(place.device)
+        self.rank_meter = rank_meter
         self.saver = saver
         self.reopen = reopen
         self.online_knn = online_knn
@@ -88,6 +93,7 @@ class Loop:
             place.world_size,
             path,
             lambda rank: f" ({hosts[rank]})" if len(set(hosts)) > 1 else "",
+            self._noted,
         )
         self.passed_over = PassedOver()
         self._data_step: int | None = None  # that the loader gives next
@@ -140,6 +146,7 @@ class Loop:
         self._current = step
         self.watchdog.enter("data", step)
         self.work_time.begin()
+        self.engine.module.measures_rank = self._looks_closer(step)
         # dropout and drop path, if a model has them, draw the same numbers after a resume
         torch.manual_seed(int(bits(self.config.seed, step, self.place.rank, 0, 1)))
         epoch = self.timetable.moment(step).epoch
@@ -147,6 +154,7 @@ class Loop:
             with self.watchdog.section("evaluation", step):
                 self.relabeler.relabel(self.engine, epoch)
         if self.config.teacher and self.config.teacher.update == "before":
+            self.section_time.enter("teacher")
             self._update_teacher(step)
         inputs, tally = self._micro_inputs(step)
         knobs = self.timetable.knobs(step)
@@ -163,6 +171,7 @@ class Loop:
         if not output.skipped:
             self.engine.module.finish_step()
         values = {**output.values, "grad_norm": output.grad_norm, "lr": knobs.lr}
+        values["weight_decay"] = knobs.weight_decay
         agreed = {name: values.pop(f"extra/{place}") for place, name in enumerate(TALLIED)}
         work_seconds = [values.pop(f"extra/{len(TALLIED) + rank}") for rank in range(self.place.world_size)]
         self._stop = preempt.decode(agreed.pop("stop"), self.place.world_size)
@@ -173,8 +182,10 @@ class Loop:
             values["momentum"] = self.timetable.momentum(step)
             values["teacher_calls"] = float(self.teacher.num_calls)
             if self.config.teacher and self.config.teacher.update == "after" and not output.skipped:
+                self.section_time.enter("teacher")
                 self._update_teacher(step)
-        seconds = time.perf_counter() - started
+        sections = self.section_time.finish()
+        seconds, wait_seconds = time.perf_counter() - started, self.batches.wait_seconds - waited
         values |= self._measure_knn(step)
         if self.meter:
             self.meter.record(
@@ -182,21 +193,44 @@ class Loop:
                 values,
                 skipped=output.skipped,
                 seconds=seconds,
-                wait_seconds=self.batches.wait_seconds - waited,
+                wait_seconds=wait_seconds,
+                sections=sections,
             )
+        if self.rank_meter:
+            calls = {"backbone": values["backbone_calls"], "teacher": values.get("teacher_calls", 0.0)}
+            read, process_ids = self.batches.counts, self.batches.process_ids
+            self.rank_meter.record(step + 1, seconds, wait_seconds, sections, read, process_ids, calls)
         self._values = values
         self._verdict = self.oversight.saw(step, output, work_seconds, self._all_sample_ids)
-        if self.meter and (step + 1) % self.config.log.every_steps == 0:
-            self.meter.publish_ranks(self.oversight.stragglers.scores())
+        if (step + 1) % self.config.log.every_steps == 0:
+            self._publish_speeds(work_seconds)
         if self.saver:
             self.saver.check(write_failures)
+
+    def _looks_closer(self, step: int) -> bool:
+        """Whether this step also measures what is too dear for every one."""
+        return step == 0 or (step + 1) % self.config.log.health_every_steps == 0
+
+    def _publish_speeds(self, work_seconds: Sequence[float]) -> None:
+        speeds, own = self.oversight.stragglers.scores(), self.place.rank
+        if self.rank_meter:
+            self.rank_meter.publish_speed(work_seconds[own], speeds[own])
+        if self.meter and len(speeds) > 1:
+            slowest = min(range(len(speeds)), key=speeds.__getitem__)
+            self.meter.note({"slowest_rank": slowest, "slowest_rank_speed": round(speeds[slowest], 3)})
+
+    def _noted(self, kind: str) -> None:
+        if self.meter and kind in KINDS:
+            self.meter.publish_anomaly(kind)
 
     def _measure_knn(self, step: int) -> dict[str, float]:
         """Where it is due; its time is not the step's."""
         if self.online_knn is None or not self.online_knn.due(step + 1):
             return {}
-        with self.watchdog.section("evaluation", step):
+        with self.watchdog.section("evaluation", step), stopwatch() as seconds:
             found = self.online_knn.measure(self.engine, self.teacher)
+        if self.rank_meter:
+            self.rank_meter.section("evaluation", seconds[0], step + 1)
         if self.meter and found:
             self.meter.publish_evaluation("knn", self.online_knn.config.k, found["knn_top1_ratio"])
         return found
@@ -227,22 +261,28 @@ class Loop:
         def generate() -> Iterator[Inputs]:
             for micro in range(self.config.batch.accumulation_steps):
                 self.watchdog.enter("data", step)
+                self.section_time.enter("data")
                 batch = next(self.batches)
                 self.watchdog.enter("forward", step)
+                self.section_time.enter("transfer")
                 micro_step = (start + data_step) * self.config.batch.accumulation_steps + micro
                 digests.append(samples_digest(batch, micro_step, self.place.rank))
                 self._sample_ids.append(batch.sample_ids.clone())  # its memory is the loader's
                 epochs, ids = batch.epochs.to(device), batch.sample_ids.to(device)
                 crops = [of_size.to(device) for of_size in batch.crops]
+                self.section_time.enter("views")
                 inputs = prepare(self.recipe, self.config.seed, crops, epochs, ids, micro_step)
                 inputs = with_labels(inputs, batch.labels.to(device), moment)
                 if self.teacher:
+                    self.section_time.enter("teacher")
                     with autocast:
                         inputs = module.consult(self.teacher, inputs)
+                self.section_time.enter("forward")
                 yield inputs
 
         def tally() -> Tensor:
             self.watchdog.enter("step", step)
+            self.section_time.enter("step")
             failures = self.saver.failures_in_a_row if self.saver else 0
             read = self.batches.counts
             counts = [float(read.num_bad), float(read.num_retries), self.preemption.code()]
@@ -256,6 +296,7 @@ class Loop:
     def _go_backward(self) -> None:
         self.work_time.meet()
         self.watchdog.enter("backward", self._current)
+        self.section_time.enter("backward")
 
     def _pass_over(self, data_step: int) -> None:
         """Draw and drop the batches between what was used last and what is due."""
@@ -383,8 +424,11 @@ class Loop:
         """Hand a copy of the state to be written."""
         if self.saver is None:
             return
-        with self.watchdog.section("checkpoint", step - 1):  # ranks ahead count that step already
+        # ranks ahead count that step already
+        with self.watchdog.section("checkpoint", step - 1), stopwatch() as seconds:
             self.saver.save(step, self.engine, self.teacher, self._state(), self._values)
+        if self.rank_meter:
+            self.rank_meter.section("checkpoint", seconds[0], step)
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -24,13 +24,14 @@ from pretrain.guard import (
 logger = logging.getLogger("pretrain")
 
 ANOMALIES = "anomalies.jsonl"
+KINDS = ("not finite", "loss spike", "collapse")  # of what is noted there, beside "went back"
 FEATURE_STD = "feature_std"
 
 
 class Oversight:
     """Sees every step. All ranks come to the same verdict from the same numbers; rank 0 writes it down.
 
-    host_of: the name of a rank's machine, for people.
+    host_of: the name of a rank's machine, for people. noted: told the kind of each anomaly.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Oversight:
         world_size: int,
         path: Path | None = None,
         host_of: Callable[[int], str] = lambda rank: "",
+        noted: Callable[[str], None] = lambda kind: None,
     ) -> None:
         self.config = config
         self.spikes = LossSpikes(config.loss_spike)
@@ -49,6 +51,7 @@ class Oversight:
         self.first_bad_step = 0  # of what asked for the last rollback
         self._path = path
         self._host_of = host_of
+        self._noted = noted
 
     def saw(
         self,
@@ -155,6 +158,7 @@ class Oversight:
 
     def _note(self, step: int, kind: str, sample_ids: Sequence[int], **numbers: float) -> None:
         """One line in anomalies.jsonl; failing to write it stops nothing."""
+        self._noted(kind)
         if self._path is None:
             return
         finite = {name: value if abs(value) < float("inf") else None for name, value in numbers.items()}

@@ -96,6 +96,10 @@ class Saver:
             for written in report.written:
                 self.exporter.set(names.CHECKPOINT_SECONDS, written.seconds)
                 self.exporter.set(names.CHECKPOINT_STEP, written.step)
+                self.exporter.set(names.CHECKPOINT_BYTES, written.num_bytes)
+                self.exporter.set(names.CHECKPOINT_TIME, time.time())
+                if written.free_bytes is not None:
+                    self.exporter.set(names.DISK_FREE, written.free_bytes)
             self.exporter.add(names.CHECKPOINT_FAILURES, len(report.failures))
             self.exporter.add(names.MIRROR_FAILURES, len(report.mirror_failures))
         if report.failures:

@@ -13,22 +13,28 @@ from typing import Any
 
 import torch
 
-from pretrain import attempts, build, checkpoint, cluster, mirror
+from pretrain import __version__, attempts, build, checkpoint, cluster, mirror
 from pretrain.attempts import Attempt
 from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint_writer import free_bytes
 from pretrain.data.loader import Batches, open_batches
+from pretrain.data.quarantine import num_allowed
 from pretrain.errors import EXIT_FAILED, CheckpointError, PreemptedError, TrainingError, UserError
 from pretrain.final_export import export_at_end
 from pretrain.loop import Loop, lost_peer, restore_optimizer
 from pretrain.metrics import names
-from pretrain.metrics.exporter import open_exporter
+from pretrain.metrics.exporter import Exporter, open_exporter
 from pretrain.metrics.meter import JsonLines, Meter
+from pretrain.metrics.rank_meter import RankMeter
+from pretrain.metrics.server import Health
+from pretrain.metrics.targets import TARGETS, Target, remove_targets, write_targets
 from pretrain.online_knn import OnlineKnn
+from pretrain.oversight import KINDS
 from pretrain.preempt import Preemption
 from pretrain.preflight import Inspected, Request, describe, inspect
 from pretrain.relabel import Relabeler
 from pretrain.rollbacks import read_rollbacks
-from pretrain.run_folder import begin_attempt, open_folder
+from pretrain.run_folder import begin_attempt, environment, open_folder
 from pretrain.saving import SETTLE_SECONDS, Saver
 from pretrain.tasks.cluster_labels import ClusterLabelsTask
 from pretrain.views.plan import in_places
@@ -244,9 +250,9 @@ def _run(
                 logger.info("these data began at step %d", data_start_step)
         elif request.resume == "auto":
             logger.info("nothing to resume in %s: starting at step 0", run_dir)
-        meter = open_meter(request, inspected, place, step, attempt.number)
-        exporter = meter.exporter if meter else None
-        saver = Saver(run_dir, config, attempt.number, place.is_first, exporter)
+        exporter, rank_meter = open_metrics(request, place, closing)
+        meter = open_meter(request, inspected, exporter, step, attempt.number) if place.is_first else None
+        saver = Saver(run_dir, config, attempt.number, place.is_first, exporter if meter else None)
         loop = Loop(
             request,
             inspected,
@@ -262,6 +268,7 @@ def _run(
             saver=saver,
             reopen=reopen,
             online_knn=online_knn,
+            rank_meter=rank_meter,
         )
         loop.passed_over, loop.oversight.num_rollbacks = passed_over, num_rollbacks
         if saved and "guard" in saved.state:
@@ -295,19 +302,33 @@ def load_weights(module: torch.nn.Module, saved: Checkpoint) -> None:
     module.load_state_dict(saved.student)
 
 
-def open_meter(
-    request: Request, inspected: Inspected, place: cluster.Cluster, step: int, attempt: int
-) -> Meter | None:
-    if not place.is_first:
-        return None
-    config = request.config
-    exporter, url, problem = open_exporter(config.log.prometheus)
-    exporter.set(names.ATTEMPT, attempt)
-    if url:
-        logger.info("metrics at %s", url)
-    if problem:
-        logger.warning("metrics are not served: %s", problem)
-    lines = JsonLines(request.output_dir / "metrics.jsonl", resumed_at=step)
+def open_metrics(request: Request, place: cluster.Cluster, closing: ExitStack) -> tuple[Exporter, RankMeter]:
+    """Let this rank answer Prometheus, and write down where all of them do; every rank calls this."""
+    config = request.config.log.prometheus
+    health = Health(config.unhealthy_after_seconds)
+    exporter, serving, problem = open_exporter(
+        config, health, is_first=place.is_first, local_rank=place.local_rank
+    )
+    if serving:
+        closing.callback(serving.close)
+        logger.info("metrics at %s/metrics", serving.url)
+    elif problem:
+        logger.warning("metrics of rank %d are not served: %s", place.rank, problem)
+    own = Target(place.rank, cluster.host_name(), config.address, serving.port) if serving else None
+    targets = [target for target in cluster.from_all(own) if target]
+    if place.is_first and targets:
+        path = request.output_dir / TARGETS
+        text = write_targets(path, request.output_dir.resolve().name, targets)
+        if text:
+            closing.callback(remove_targets, path, text)
+    return exporter, RankMeter(exporter, health, place.device)
+
+
+def open_meter(request: Request, inspected: Inspected, exporter: Exporter, step: int, attempt: int) -> Meter:
+    """Of rank 0."""
+    config, run_dir = request.config, request.output_dir
+    publish_start(exporter, request, inspected, attempt)
+    lines = JsonLines(run_dir / "metrics.jsonl", resumed_at=step)
     if lines.num_taken_again:
         logger.info("%d steps beyond the checkpoint are taken again", lines.num_taken_again)
     return Meter(
@@ -320,3 +341,25 @@ def open_meter(
         images_per_epoch=inspected.mixture.num_samples,
         attempt=attempt,
     )
+
+
+def publish_start(exporter: Exporter, request: Request, inspected: Inspected, attempt: int) -> None:
+    """What is known before the first step."""
+    config, run_dir = request.config, request.output_dir
+    exporter.set(names.ATTEMPT, attempt)
+    exporter.add(names.RESTARTS, attempt - 1)
+    exporter.add(names.PREEMPTIONS, attempts.num_preempted(run_dir))
+    exporter.add(names.NONFINITE_STEPS, 0)
+    for kind in KINDS:  # a counter that first appears when it is raised has no rise to be seen
+        exporter.add(names.ANOMALIES, 0, kind)
+    exporter.set(names.CHECKPOINT_EVERY, config.checkpoint.every_steps)
+    if inspected.resume_from:
+        exporter.set(names.CHECKPOINT_STEP, checkpoint.step_of(inspected.resume_from))
+    free = free_bytes(run_dir)
+    if free is not None:
+        exporter.set(names.DISK_FREE, free)
+    num_samples = inspected.mixture.num_samples
+    exporter.set(names.SAMPLES_ALLOWED, num_allowed(config.data.max_bad_ratio, num_samples))
+    commit = str(environment()["commit"] or "unknown")[:12]
+    tasks = ",".join(config.tasks.enabled())
+    exporter.set(names.RUN_INFO, 1, run_dir.resolve().name, config.model.name, tasks, __version__, commit)

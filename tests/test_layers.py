@@ -25,6 +25,7 @@ LAYERS = {
         "tasks",
         "guard",
         "passed_over",
+        "read_counts",
     },
     "edge": {
         "data",
@@ -38,6 +39,7 @@ LAYERS = {
         "watchdog_process",
         "memory",
         "work_time",
+        "section_time",
     },
     "downstream": {"export", "evaluate", "transfer", "report"},
     "wiring": {

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from pretrain.data.columns import NO_LABEL
-from pretrain.data.counts import ReadCounts
 from pretrain.data.decode import MAX_PIXELS
 from pretrain.data.mixture import Mixture
+from pretrain.read_counts import ReadCounts
 from pretrain.views.plan import ViewConfig
 
 __all__ = ["NO_LABEL", "Batch", "Batches", "CacheSettings", "DataConfig", "SourceConfig"]

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 
 from pretrain.data.batch import Batch, crop_sizes
-from pretrain.data.counts import ReadCounts
 from pretrain.data.crop_writer import Ring
 from pretrain.data.worker import Work, begin_work
+from pretrain.read_counts import ReadCounts
 
 T = TypeVar("T")
 

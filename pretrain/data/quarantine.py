@@ -18,6 +18,11 @@ from pretrain.errors import DataError
 CHECKSUM = "checksum"  # the reason where a sample's bytes are not those that were indexed
 
 
+def num_allowed(max_bad_ratio: float, num_samples: int) -> int:
+    """Bad samples that a run may meet: a single bad file does not stop a run on a small data set."""
+    return max(1, int(max_bad_ratio * num_samples))
+
+
 class Quarantine:
     """Counts and records each bad sample once, over all ranks that share the file, and over restarts.
 
@@ -27,7 +32,7 @@ class Quarantine:
 
     def __init__(self, path: Path | None, num_samples: int, max_bad_ratio: float, data: str = "") -> None:
         self.path = path
-        self.num_allowed = max(1, int(max_bad_ratio * num_samples))
+        self.num_allowed = num_allowed(max_bad_ratio, num_samples)
         self.met_by_reason: Counter[str] = Counter()  # samples that this process put on record
         self._data = data  # says which data the ids are of
         self._known: set[int] = set()

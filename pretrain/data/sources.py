@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from pretrain.data.batch import DataConfig
 from pretrain.data.cache import CacheConfig, ShardCache
-from pretrain.data.counts import ReadCounts
 from pretrain.data.manifest import Manifest, Shard, Split
 from pretrain.data.mixture import Mixture, mix
 from pretrain.data.storage import RangeFile, StorageConfig, open_file, parse_location
 from pretrain.errors import ConfigError
+from pretrain.read_counts import ReadCounts
 
 
 def open_splits(config: DataConfig) -> tuple[Split, ...]:

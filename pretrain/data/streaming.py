@@ -16,10 +16,10 @@ import torch.multiprocessing
 from torch import Tensor
 
 from pretrain.data.batch import Batch, crop_sizes, ring_bytes
-from pretrain.data.counts import ReadCounts
 from pretrain.data.crop_writer import Ring
 from pretrain.data.worker import IGNORED_SIGNALS, Failure, Ready, Work, run
 from pretrain.errors import DataError, TrainingError
+from pretrain.read_counts import ReadCounts
 
 SHARED_MEMORY = Path("/dev/shm")
 CLOSE_SECONDS = 5.0

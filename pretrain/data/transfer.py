@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pretrain.data.batch import Batch
-from pretrain.data.counts import ReadCounts
 from pretrain.data.streaming import StreamingBatches
 from pretrain.errors import TrainingError, UserError
+from pretrain.read_counts import ReadCounts
 
 logger = logging.getLogger("pretrain")
 

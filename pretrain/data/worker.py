@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from pretrain.data.batch import DataConfig
-from pretrain.data.counts import ReadCounts
 from pretrain.data.crop_writer import CropWriter, Ring
 from pretrain.data.lane import Lane, open_lanes
 from pretrain.data.manifest import Split
 from pretrain.data.quarantine import Quarantine
 from pretrain.data.sources import ShardOpener, mixture_of
 from pretrain.errors import UserError
+from pretrain.read_counts import ReadCounts
 from pretrain.views.plan import ViewConfig
 
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

@@ -6,49 +6,71 @@ The only file that imports prometheus_client.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    make_wsgi_app,
+)
 from pydantic import BaseModel, ConfigDict, Field
 
 from pretrain.metrics import names
-from pretrain.metrics.names import METRICS, Metric
+from pretrain.metrics.names import METRICS, STEP_BUCKETS, Metric
+from pretrain.metrics.server import Health, Serving, with_health
 
 PORT_TRIES = 16
 
 
 class PrometheusConfig(BaseModel):
-    """Where rank 0 answers Prometheus."""
+    """Where each rank answers Prometheus: at a port of its own, one after the other on a node."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     enabled: bool = True
+    ranks: Literal["all", "first"] = "all"  # first: rank 0 alone answers, without what each rank measures
     address: str = "127.0.0.1"  # there is no authentication: open it to a trusted network only
-    port: Annotated[int, Field(ge=0, le=65535)] = 9400  # the next free one is taken if it is in use
+    port: Annotated[int, Field(ge=0, le=65535)] = 9480  # of local rank 0; the next free one where it is taken
+    # without a step, a checkpoint or an evaluation for so long, /healthz answers 503
+    unhealthy_after_seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1800.0
 
 
 class Exporter:
-    """Metrics of the table in `names`, in a registry of its own."""
+    """Metrics of the table in `names`, in a registry of its own; of ranks but the first, only theirs.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    What a rank does not publish may be set all the same, to no effect.
+    """
+
+    def __init__(self, registry: CollectorRegistry, is_first: bool = True) -> None:
+        disable_created_metrics()  # a second series for each counter, which says when this process began
         self.registry = registry
-        kinds = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
-        self._metrics = {m.name: kinds[m.kind](m.name, m.help, m.labels, registry=registry) for m in METRICS}
+        own = [metric for metric in METRICS if is_first or metric.scope == "rank"]
+        self._absent = {metric.name: metric for metric in own if metric.kind == "gauge"}
+        self._metrics = {metric.name: _made(metric, registry) for metric in own if metric.kind != "gauge"}
 
     def set(self, metric: Metric, value: float, *labels: str) -> None:
-        gauge = self._metrics[metric.name]
-        assert isinstance(gauge, Gauge)
-        (gauge.labels(*labels) if labels else gauge).set(value)
+        """A gauge is there from its first value on: a 0 that nobody measured would look like a collapse."""
+        gauge = self._metrics.get(metric.name)
+        if gauge is None and metric.name in self._absent:
+            gauge = self._metrics[metric.name] = _made(self._absent.pop(metric.name), self.registry)
+        if gauge is not None:
+            assert isinstance(gauge, Gauge)
+            (gauge.labels(*labels) if labels else gauge).set(value)
 
-    def add(self, metric: Metric, amount: float) -> None:
-        counter = self._metrics[metric.name]
-        assert isinstance(counter, Counter)
-        counter.inc(amount)
+    def add(self, metric: Metric, amount: float, *labels: str) -> None:
+        counter = self._metrics.get(metric.name)
+        if counter is not None:
+            assert isinstance(counter, Counter)
+            (counter.labels(*labels) if labels else counter).inc(amount)
 
-    def observe(self, metric: Metric, value: float) -> None:
-        histogram = self._metrics[metric.name]
-        assert isinstance(histogram, Histogram)
-        histogram.observe(value)
+    def observe(self, metric: Metric, value: float, *labels: str) -> None:
+        histogram = self._metrics.get(metric.name)
+        if histogram is not None:
+            assert isinstance(histogram, Histogram)
+            (histogram.labels(*labels) if labels else histogram).observe(value)
 
     def publish_step(self, values: Mapping[str, float]) -> None:
         """Losses, weights and task metrics of a step, named as `StepOutput.values`."""
@@ -60,26 +82,41 @@ class Exporter:
                 self.set(names.LOSS, value, second)
             elif first == "weight":
                 self.set(names.LOSS_WEIGHT, value, second)
+            elif first == "similarity":
+                self.set(names.FEATURE_SIMILARITY, value, second)
             elif second:
                 self.set(names.TASK_METRIC, value, first, second)
+            if second == "teacher_entropy" and f"{first}/entropy_bound" in values:
+                self.set(names.TEACHER_ENTROPY, value / values[f"{first}/entropy_bound"], first)
 
 
-def open_exporter(config: PrometheusConfig) -> tuple[Exporter, str | None, str | None]:
-    """An exporter, and, if it is enabled, where it answers or why it does not."""
-    exporter = Exporter(CollectorRegistry())
-    if not config.enabled:
+def _made(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+    if metric.kind == "histogram":
+        return Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=STEP_BUCKETS)
+    kind: type[Counter | Gauge] = Counter if metric.kind == "counter" else Gauge
+    return kind(metric.name, metric.help, metric.labels, registry=registry)
+
+
+def open_exporter(
+    config: PrometheusConfig, health: Health, *, is_first: bool = True, local_rank: int = 0
+) -> tuple[Exporter, Serving | None, str | None]:
+    """An exporter, and, if this rank is to answer, what answers or why it does not."""
+    exporter = Exporter(CollectorRegistry(), is_first)
+    if not config.enabled or not (is_first or config.ranks == "all"):
         return exporter, None, None
-    return exporter, *serve(exporter.registry, config)
+    return exporter, *serve(exporter.registry, config, health, local_rank)
 
 
-def serve(registry: CollectorRegistry, config: PrometheusConfig) -> tuple[str | None, str | None]:
-    """Start answering. Returns (url, None), or (None, why not): a busy port never stops a run."""
+def serve(
+    registry: CollectorRegistry, config: PrometheusConfig, health: Health, local_rank: int = 0
+) -> tuple[Serving | None, str | None]:
+    """Start answering. Returns (server, None), or (None, why not): a busy port never stops a run."""
     problem = "no port was tried"
-    for port in range(config.port, min(config.port + PORT_TRIES, 65536)):
+    first = config.port + local_rank if config.port else 0
+    app = with_health(make_wsgi_app(registry), health)
+    for port in range(first, min(first + PORT_TRIES, 65536)):
         try:
-            server, _ = start_http_server(port, addr=config.address, registry=registry)
+            return Serving(app, config.address, port), None
         except OSError as error:
             problem = f"{config.address}:{port}: {error.strerror or error}"
-            continue
-        return f"http://{config.address}:{server.server_port}/metrics", None
     return None, problem

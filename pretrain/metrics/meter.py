@@ -7,11 +7,14 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.metrics import names
 from pretrain.metrics.exporter import Exporter
+
+PUBLISH_SECONDS = 1.0  # Prometheus asks less often than this
 
 logger = logging.getLogger("pretrain")
 
@@ -23,6 +26,7 @@ class JsonLines:
         self.path = path
         self._failed = False
         self.num_taken_again = 0  # steps that were recorded beyond the one that the run goes on from
+        self.last: dict[str, object] = {}  # the record that the run goes on from
         self.keep_until(resumed_at)
 
     def keep_until(self, step: int) -> None:
@@ -39,8 +43,10 @@ class JsonLines:
         reached = max((at for at in map(_step_in, lines) if at < math.inf), default=0)
         self.num_taken_again = max(0, int(reached) - step)
         kept = self.path.with_name(f".{self.path.name}")
-        kept.write_text("".join(f"{line}\n" for line in lines if _step_in(line) <= step))
+        whole = [line for line in lines if _step_in(line) <= step]
+        kept.write_text("".join(f"{line}\n" for line in whole))
         kept.replace(self.path)
+        self.last = json.loads(whole[-1]) if whole else {}
 
     def write(self, record: Mapping[str, object]) -> None:
         try:
@@ -64,12 +70,47 @@ def _step_in(line: str) -> float:
         return math.inf  # half a line, of a run that was killed while writing it
 
 
-# values that count from the start of the process, and where they are published
-_COUNTERS = {
-    "storage_retries": names.STORAGE_RETRIES,
-    "backbone_calls": names.BACKBONE_CALLS,
-    "teacher_calls": names.TEACHER_CALLS,
+# values that count from the start of the process
+_COUNTERS = ("bad_samples", "storage_retries", "backbone_calls", "teacher_calls")
+# values that are published under a name of their own
+_GAUGES = {
+    "grad_norm": names.GRAD_NORM,
+    "lr": names.LEARNING_RATE,
+    "weight_decay": names.WEIGHT_DECAY,
+    "momentum": names.MOMENTUM,
+    "feature_std": names.FEATURE_STD,
+    "effective_rank": names.EFFECTIVE_RANK,
 }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step costs the devices of a run, and what they can do."""
+
+    flops_per_image: float  # of the model, its backward pass included
+    peak_flops_per_second: float  # of all devices together
+    source: str  # of the peak
+
+
+class Goodput:
+    """How much of the time since a run first began went into steps that count, over all its starts."""
+
+    def __init__(self, last: Mapping[str, object]) -> None:
+        """last: the record of metrics.jsonl that the run goes on from."""
+        self.go_back(last)
+
+    def go_back(self, last: Mapping[str, object]) -> None:
+        self.useful_seconds = _number(last.get("useful_seconds"), 0.0)
+        self.began = _number(last.get("began_unix_time"), time.time())
+
+    @property
+    def ratio(self) -> float:
+        elapsed = time.time() - self.began
+        return min(1.0, self.useful_seconds / elapsed) if elapsed > 0 else 0.0
+
+
+def _number(value: object, otherwise: float) -> float:
+    return float(value) if isinstance(value, int | float) else otherwise
 
 
 class Meter:
@@ -89,6 +130,7 @@ class Meter:
         global_batch: int,
         images_per_epoch: int,
         attempt: int = 1,
+        work: Work | None = None,
     ) -> None:
         self.lines = lines
         self.exporter = exporter
@@ -98,6 +140,10 @@ class Meter:
         self.global_batch = global_batch
         self.images_per_epoch = images_per_epoch
         self.attempt = attempt
+        self.work = work
+        self.goodput = Goodput(lines.last)
+        self._published = -PUBLISH_SECONDS
+        self._unpublished_steps = 0
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         self._window_steps = 0
@@ -105,33 +151,27 @@ class Meter:
         self._window_wait_seconds = 0.0
         self._window_skipped = 0
         self._recent_seconds: list[float] = []
-        self._counted = dict.fromkeys(_COUNTERS, 0.0)
+        self._noted: dict[str, float] = {}
+        if work:
+            exporter.set(names.PEAK_FLOPS, work.peak_flops_per_second, work.source)
+        exporter.set(names.PLANNED_STEPS, num_steps)
 
     def record(
-        self, step: int, values: Mapping[str, float], *, skipped: bool, seconds: float, wait_seconds: float
+        self,
+        step: int,
+        values: Mapping[str, float],
+        *,
+        skipped: bool,
+        seconds: float,
+        wait_seconds: float,
+        sections: Mapping[str, float] | None = None,
     ) -> None:
-        """Take in step number `step`, from 1. Values are averaged until the next record is written."""
-        publish = self.exporter
-        publish.add(names.STEPS, 1)
-        publish.add(names.IMAGES, self.global_batch)
-        publish.add(names.NONFINITE_STEPS, int(skipped))
-        publish.add(names.DATA_WAIT, wait_seconds)
-        publish.observe(names.STEP_SECONDS, seconds)
-        publish.set(names.EPOCH, step * self.global_batch / self.images_per_epoch)
-        publish.set(names.GRAD_NORM, values["grad_norm"])
-        publish.set(names.LEARNING_RATE, values["lr"])
-        if "momentum" in values:
-            publish.set(names.MOMENTUM, values["momentum"])
-        if "feature_std" in values:
-            publish.set(names.FEATURE_STD, values["feature_std"])
-        for name, metric in _COUNTERS.items():
-            if name in values:
-                publish.add(metric, max(0.0, values[name] - self._counted[name]))
-                self._counted[name] = values[name]
-        publish.publish_step(
-            {name: value for name, value in values.items() if name == "total" or "/" in name}
-        )
-        for name, value in values.items():
+        """Take in step number `step`, from 1. Values are averaged until the next record is written.
+
+        sections: seconds of rank 0, by section of the step.
+        """
+        timed = {f"seconds/{section}": spent for section, spent in (sections or {}).items()}
+        for name, value in [*values.items(), *timed.items()]:
             if math.isfinite(value):
                 self._sums[name] += value
                 self._counts[name] += 1
@@ -139,12 +179,44 @@ class Meter:
         self._window_seconds += seconds
         self._window_wait_seconds += wait_seconds
         self._window_skipped += int(skipped)
-        if step == 1 or step % self.every_steps == 0 or step == self.num_steps:
-            self._write(step, values)
+        self._unpublished_steps += 1
+        if skipped:
+            self.exporter.add(names.NONFINITE_STEPS, 1)
+        else:
+            self.goodput.useful_seconds += seconds
+        is_due = step == 1 or step % self.every_steps == 0 or step == self.num_steps
+        now = time.monotonic()
+        if is_due or now - self._published >= PUBLISH_SECONDS:
+            self._published = now
+            self._publish(step, values)
+        if is_due:
+            self._write(step, values, timed)
 
-    def publish_ranks(self, speeds: Sequence[float]) -> None:
-        """How fast each rank works, in rank order."""
-        self.exporter.set(names.RANK_SPEED, speeds[0])
+    def _publish(self, step: int, values: Mapping[str, float]) -> None:
+        """What a scrape finds until the next time; more often than Prometheus asks would be for nothing."""
+        publish = self.exporter
+        num_images = self._unpublished_steps * self.global_batch
+        publish.add(names.STEPS, self._unpublished_steps)
+        publish.add(names.IMAGES, num_images)
+        if self.work:
+            publish.add(names.MODEL_FLOPS, num_images * self.work.flops_per_image)
+        self._unpublished_steps = 0
+        publish.set(names.STEP, step)
+        publish.set(names.EPOCH, step * self.global_batch / self.images_per_epoch)
+        publish.set(names.GOODPUT, self.goodput.ratio)
+        for name, metric in _GAUGES.items():
+            if name in values:
+                publish.set(metric, values[name])
+        publish.publish_step(
+            {name: value for name, value in values.items() if name == "total" or "/" in name}
+        )
+
+    def publish_anomaly(self, kind: str) -> None:
+        self.exporter.add(names.ANOMALIES, 1, kind)
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """Numbers that some steps have, for the next record."""
+        self._noted |= values
 
     def publish_evaluation(self, name: str, k: int, accuracy_ratio: float) -> None:
         self.exporter.set(names.EVAL_ACCURACY, accuracy_ratio, name, str(k))
@@ -153,15 +225,17 @@ class Meter:
         """The run goes on from an earlier step: what was recorded beyond it is taken away."""
         self.exporter.add(names.ROLLBACKS, 1)
         self.lines.keep_until(step)
+        self.goodput.go_back(self.lines.last)
         self._begin_window()
 
     def _begin_window(self) -> None:
+        self._noted.clear()
         self._sums.clear()
         self._counts.clear()
         self._window_steps = self._window_skipped = 0
         self._window_seconds = self._window_wait_seconds = 0.0
 
-    def _write(self, step: int, values: Mapping[str, float]) -> None:
+    def _write(self, step: int, values: Mapping[str, float], timed: Mapping[str, float]) -> None:
         rate = self.global_batch * self._window_steps / max(self._window_seconds, 1e-9)
         self.exporter.set(names.IMAGES_PER_SECOND, rate)
         # the first step compiles and warms up, so it does not count towards the time left
@@ -171,7 +245,7 @@ class Meter:
         counts = self._counts
         means = {
             name: self._sums[name] / counts[name] if counts.get(name) else None
-            for name in {**values, **counts}
+            for name in {**values, **timed, **counts}
         }
         record: dict[str, object] = {
             "step": step,
@@ -183,11 +257,19 @@ class Meter:
             "data_wait_seconds": round(self._window_wait_seconds / self._window_steps, 5),
             "skipped_steps": self._window_skipped,
             **means,
+            **self._noted,
+            "goodput_ratio": round(self.goodput.ratio, 4),
+            "useful_seconds": round(self.goodput.useful_seconds, 3),
+            "began_unix_time": round(self.goodput.began, 3),
             "unix_time": round(time.time(), 2),
         }
+        if self.work:
+            mfu = rate * self.work.flops_per_image / self.work.peak_flops_per_second
+            self.exporter.set(names.MFU, mfu)
+            record["mfu_ratio"] = round(mfu, 4)
         # the digest of the samples identifies one batch, and the others count from the start: a mean of
         # them would say nothing
-        for name in ("samples", "bad_samples", *_COUNTERS):
+        for name in ("samples", *_COUNTERS):
             value = values.get(name)
             record[name] = value if value is None or math.isfinite(value) else None
         self.lines.write(record)

@@ -461,7 +461,7 @@ def test_the_record_of_other_data_counts_for_nothing(manifest: Manifest, tmp_pat
     sample = next(iter(read_split(manifest.split("train"))))
     Quarantine(record, 100, 0.0, data="one").add(sample, "damaged")
     other = Quarantine(record, 100, 0.0, data="other")
-    assert other.counts.num_bad == 0
+    assert other.num_bad == 0
     other.add(sample, "damaged")
     assert [json.loads(line)["data"] for line in record.read_text().splitlines()] == ["one", "other"]
 
