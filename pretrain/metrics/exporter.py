@@ -45,7 +45,7 @@ class Exporter:
     """
 
     def __init__(self, registry: CollectorRegistry, is_first: bool = True) -> None:
-        disable_created_metrics()  # a second series for each counter, which says when this process began
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which says when this process began
         self.registry = registry
         own = [metric for metric in METRICS if is_first or metric.scope == "rank"]
         self._absent = {metric.name: metric for metric in own if metric.kind == "gauge"}

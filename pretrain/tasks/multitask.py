@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.backbone import Backbone, TokenFill, accept_any_size, encode, num_features
@@ -15,11 +14,11 @@ from pretrain.optim import ParameterRule
 from pretrain.peers import ALONE, Peers
 from pretrain.tasks.balance import Balance
 from pretrain.tasks.contract import EncodedViews, TeacherViews
+from pretrain.tasks.health import effective_rank, spread
 from pretrain.tokens import TokenLayout
 from pretrain.views.plan import ViewPlan
 from pretrain.views.prepare import Inputs, ViewGroup
 
-RANK_ROWS = 256  # of the features whose effective rank is measured
 BACKBONE_PREFIX = "backbone."  # of the timm names in a checkpoint's weights
 
 
@@ -132,9 +131,7 @@ class MultiTask(nn.Module):
             for name, task in self.tasks.items()
         }
         total, weights = self.balance({name: output.loss for name, output in outputs.items()})
-        named = {"total": total, **spread(encoded[0])}
-        if self.measures_rank:
-            named |= effective_rank(encoded[0])
+        named = {"total": total, **health(encoded[0], self.measures_rank)}
         for name, output in outputs.items():
             named[f"loss/{name}"] = output.loss.detach()
             named[f"weight/{name}"] = weights[name].detach()
@@ -196,46 +193,12 @@ class MultiTask(nn.Module):
         return replace(inputs, teacher=replace(seen, heads=heads))
 
 
-@torch.no_grad()
-def spread(views: EncodedViews) -> dict[str, Tensor]:
-    """How far the directions of the features of this rank's images lie apart.
-
-    `feature_std`: root mean square distance of the unit vectors from their mean, from 0, all the same, to 1.
-    `similarity/same`, `similarity/different`: mean cosine between two views of one image, and between views
-    of two images; only where there are several.
-    """
-    num_views, num_images = len(views.names), views.num_images
-    features = F.normalize(views.features.float(), dim=1)  # (M, D)
-    if len(features) < 2:
-        return {}
-    found = {"feature_std": (1 - features.mean(dim=0).square().sum()).clamp(min=0).sqrt()}
-    if num_views < 2 or num_images < 2:
-        return found
-    # sums over ordered pairs, from the lengths of sums of unit vectors
-    of_image = features.view(num_views, num_images, -1).sum(dim=0).square().sum()
-    of_all = features.sum(dim=0).square().sum()
-    same = (of_image - len(features)) / (num_images * num_views * (num_views - 1))
-    different = (of_all - of_image) / (num_images * (num_images - 1) * num_views**2)
-    return {**found, "similarity/same": same, "similarity/different": different}
-
-
-@torch.no_grad()
-def effective_rank(views: EncodedViews) -> dict[str, Tensor]:
-    """`effective_rank`: of the features of this rank's images, at most 256, in one view.
-
-    exp of the entropy of the singular values, taken as shares: RankMe (Garrido et al., 2023,
-    arXiv:2210.02885, eq. 1). From 1, where all features are multiples of one, to the smaller side.
-    """
-    features = views.features[: min(views.num_images, RANK_ROWS)].double()  # (N, D)
-    if len(features) < 2:
-        return {}
-    is_finite = features.isfinite().all()
-    features = features.where(is_finite, 0.0)
-    gram = features @ features.T if len(features) < features.shape[1] else features.T @ features
-    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    shares = values / values.sum().clamp(min=1e-12)
-    found = torch.special.entr(shares).sum().exp()
-    return {"effective_rank": found.where(is_finite, torch.nan)}
+def health(views: EncodedViews, with_rank: bool) -> dict[str, Tensor]:
+    """Numbers that tell a collapse, of the image features of this rank."""
+    found = spread(views.features, len(views.names))
+    if with_rank and views.num_images > 1:
+        found["effective_rank"] = effective_rank(views.features[: views.num_images])
+    return found
 
 
 def views_for(encoded: list[EncodedViews], names: tuple[str, ...]) -> EncodedViews:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from pretrain.metrics import meter as meter_module
 from pretrain.metrics.exporter import Exporter
-from pretrain.metrics.meter import JsonLines, Meter
+from pretrain.metrics.meter import Goodput, JsonLines, Meter, Work
 
 NAN = math.nan
 
@@ -187,9 +188,9 @@ def test_a_value_that_only_some_steps_have_is_averaged_over_those(tmp_path: Path
 
 
 def test_steps_images_skips_and_waits_are_counted(tmp_path: Path, exporter: Exporter) -> None:
-    meter = meter_for(tmp_path, exporter)
+    meter = meter_for(tmp_path, exporter, every_steps=1)
     for step in range(1, 5):
-        record(meter, step, float(step), skipped=step == 2, bad_samples=3.0, backbone_calls=2.0 * step)
+        record(meter, step, float(step), skipped=step == 2, backbone_calls=2.0 * step)
 
     def published(name: str, **labels: str) -> float | None:
         return exporter.registry.get_sample_value(name, labels)
@@ -197,15 +198,13 @@ def test_steps_images_skips_and_waits_are_counted(tmp_path: Path, exporter: Expo
     assert published("pretrain_steps_total") == 4
     assert published("pretrain_images_total") == 32
     assert published("pretrain_nonfinite_steps_total") == 1
-    assert published("pretrain_data_wait_seconds_total") == pytest.approx(0.4)
-    assert published("pretrain_step_seconds_count") == 4
+    assert published("pretrain_step") == 4
+    assert published("pretrain_planned_steps") == 10
     assert published("pretrain_epoch") == 1.0
     assert published("pretrain_loss", task="total") == 4.0
     assert published("pretrain_loss", task="rotation") == 2.0
     assert published("pretrain_task_metric", task="rotation", metric="accuracy") == 0.5
-    assert published("pretrain_bad_samples_total") == 3
-    assert published("pretrain_backbone_calls_total") == 8
-    assert records(tmp_path / "metrics.jsonl")[-1]["backbone_calls"] == 6.0  # so far, not their mean
+    assert records(tmp_path / "metrics.jsonl")[-1]["backbone_calls"] == 8.0  # so far, not their mean
 
 
 def test_the_log_line_shows_losses_headlines_speed_and_time_left(
@@ -226,3 +225,85 @@ def test_the_log_line_shows_losses_headlines_speed_and_time_left(
     record(meter, 4, NAN, skipped=True)
     assert "loss nan" in caplog.messages[-1]
     assert "2 skipped" in caplog.messages[-1]
+
+
+def test_what_is_not_published_at_once_is_not_lost(
+    tmp_path: Path, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(meter_module.time, "monotonic", lambda: now[0])
+    meter = meter_for(tmp_path, exporter, every_steps=100, num_steps=100)
+
+    def steps() -> float | None:
+        return exporter.registry.get_sample_value("pretrain_steps_total")
+
+    record(meter, 1, 1.0)
+    assert steps() == 1
+    for step in range(2, 11):
+        now[0] += 0.05
+        record(meter, step, 1.0)
+    assert steps() == 1
+    now[0] += 0.6
+    record(meter, 11, 1.0)
+    assert steps() == 11
+    assert exporter.registry.get_sample_value("pretrain_images_total") == 88
+
+
+def test_the_seconds_of_sections_are_averaged_like_values(tmp_path: Path, exporter: Exporter) -> None:
+    meter = meter_for(tmp_path, exporter)
+    for step, data in ((1, 9.0), (2, 1.0), (3, 2.0)):
+        sections = {"data": data, "forward": 4.0}
+        meter.record(step, values(1.0), skipped=False, seconds=0.5, wait_seconds=0.1, sections=sections)
+    assert [line["seconds/data"] for line in records(tmp_path / "metrics.jsonl")] == [9.0, 1.5]
+
+
+def test_utilisation_is_flops_per_second_over_the_peak(tmp_path: Path, exporter: Exporter) -> None:
+    meter = Meter(
+        JsonLines(tmp_path / "metrics.jsonl", resumed_at=0),
+        exporter,
+        {"rotation": "accuracy"},
+        every_steps=1,
+        num_steps=9,
+        global_batch=8,
+        images_per_epoch=32,
+        work=Work(flops_per_image=1e9, peak_flops_per_second=1e11, source="a table"),
+    )
+    record(meter, 1, 1.0, seconds=0.5)  # 8 images of 1 GFLOP in half a second: 16 GFLOP/s of 100
+    assert records(tmp_path / "metrics.jsonl")[0]["mfu_ratio"] == pytest.approx(0.16)
+    sample = exporter.registry.get_sample_value
+    assert sample("pretrain_mfu_ratio") == pytest.approx(0.16)
+    assert sample("pretrain_peak_flops_per_second", {"source": "a table"}) == 1e11
+    assert sample("pretrain_model_flops_total") == 8e9
+
+
+def test_goodput_counts_steps_that_stay_over_all_starts(
+    tmp_path: Path, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(meter_module.time, "time", lambda: now[0])
+    meter = meter_for(tmp_path, exporter, every_steps=1)
+    for step in (1, 2, 3):
+        now[0] += 10.0
+        record(meter, step, 1.0, seconds=8.0, skipped=step == 3)
+    assert records(tmp_path / "metrics.jsonl")[-1]["goodput_ratio"] == pytest.approx(16 / 30, abs=1e-4)
+    # killed after step 3, started again from step 1 half an hour later
+    now[0] += 1770.0
+    lines = JsonLines(tmp_path / "metrics.jsonl", resumed_at=1)
+    goodput = Goodput(lines.last)
+    assert goodput.useful_seconds == 8.0
+    assert goodput.ratio == pytest.approx(8 / 1800)
+
+
+def test_anomalies_are_counted_by_kind(tmp_path: Path, exporter: Exporter) -> None:
+    meter = meter_for(tmp_path, exporter)
+    for kind in ("loss spike", "loss spike", "collapse"):
+        meter.publish_anomaly(kind)
+    assert exporter.registry.get_sample_value("pretrain_anomalies_total", {"kind": "loss spike"}) == 2
+
+
+def test_the_teachers_entropy_is_published_as_a_share_of_its_bound(exporter: Exporter) -> None:
+    exporter.publish_step({"dino/teacher_entropy": 2.0, "dino/entropy_bound": 8.0, "similarity/same": 0.9})
+    sample = exporter.registry.get_sample_value
+    assert sample("pretrain_teacher_entropy_ratio", {"task": "dino"}) == 0.25
+    assert sample("pretrain_feature_similarity", {"images": "same"}) == 0.9
+    assert sample("pretrain_task_metric", {"task": "similarity", "metric": "same"}) is None
