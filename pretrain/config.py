@@ -12,6 +12,7 @@ from pydantic import Field, create_model
 
 from pretrain.checkpoint_writer import CheckpointConfig
 from pretrain.cluster import ClusterConfig
+from pretrain.conflict import GradientsConfig
 from pretrain.data.loader import DataConfig
 from pretrain.engine.engine import EngineConfig
 from pretrain.errors import ConfigError
@@ -77,6 +78,7 @@ class LogConfig(Settings):
 
     every_steps: Count = 10
     health_every_steps: Count = 50  # effective rank of the features, which is too dear for every step
+    gradients: GradientsConfig | None = GradientsConfig()  # of several tasks; null: never
     prometheus: PrometheusConfig = PrometheusConfig()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from pretrain import build, checkpoint, cluster, preempt
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import RunConfig
+from pretrain.conflict import compare_gradients, shared_parameters
 from pretrain.data.loader import Batch, Batches
 from pretrain.engine.deepspeed_engine import zero_stage
 from pretrain.engine.engine import Engine, OptimizerState, check_without_gradient
@@ -98,6 +99,7 @@ class Loop:
         self.passed_over = PassedOver()
         self._data_step: int | None = None  # that the loader gives next
         self._sample_ids: list[Tensor] = []  # of the step under way
+        self._inputs: Inputs | None = None  # of its last micro step, where its gradients are compared
         self._values: dict[str, float] = {}  # of the last step
         self._current = 0  # the step under way
         self._verdict: Verdict = "go on"
@@ -187,6 +189,7 @@ class Loop:
         sections = self.section_time.finish()
         seconds, wait_seconds = time.perf_counter() - started, self.batches.wait_seconds - waited
         values |= self._measure_knn(step)
+        self._compare_gradients(step)
         if self.meter:
             self.meter.record(
                 step + 1,
@@ -235,6 +238,28 @@ class Loop:
             self.meter.publish_evaluation("knn", self.online_knn.config.k, found["knn_top1_ratio"])
         return found
 
+    def _compares_gradients(self, step: int) -> bool:
+        asked = self.config.log.gradients
+        return (
+            asked is not None
+            and (step + 1) % asked.every_steps == 0
+            and len(self.engine.module.tasks) > 1
+            and zero_stage_of(self.config) < 3
+        )
+
+    def _compare_gradients(self, step: int) -> None:
+        """Where it is due; its time is not the step's."""
+        inputs, self._inputs = self._inputs, None
+        if inputs is None or self.config.log.gradients is None:
+            return
+        parameters = shared_parameters(self.engine.module.backbone, self.config.log.gradients.of)
+        with self.watchdog.section("evaluation", step), stopwatch() as seconds:
+            found = compare_gradients(self.engine.module, inputs, parameters, self.config.engine.precision)
+        if self.rank_meter:
+            self.rank_meter.section("evaluation", seconds[0], step + 1)
+        if self.meter:
+            self.meter.publish_gradients(found)
+
     def _update_teacher(self, step: int) -> None:
         assert self.teacher is not None
         assert self.timetable.momentum is not None
@@ -278,6 +303,7 @@ class Loop:
                     with autocast:
                         inputs = module.consult(self.teacher, inputs)
                 self.section_time.enter("forward")
+                self._inputs = inputs if self._compares_gradients(step) else None
                 yield inputs
 
         def tally() -> Tensor:

@@ -49,6 +49,7 @@ LAYERS = {
         "preflight",
         "rehearsal",
         "changes",
+        "conflict",
         "checkpoint_writer",
         "mirror",
         "online_knn",

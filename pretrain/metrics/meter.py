@@ -214,6 +214,16 @@ class Meter:
     def publish_anomaly(self, kind: str) -> None:
         self.exporter.add(names.ANOMALIES, 1, kind)
 
+    def publish_gradients(self, found: Mapping[str, float]) -> None:
+        """found: `gradient_norm/T` and `gradient_cosine/A:B`; they go into the next record too."""
+        for name, value in found.items():
+            kind, _, tasks = name.partition("/")
+            if kind == "gradient_norm":
+                self.exporter.set(names.TASK_GRAD_NORM, value, tasks)
+            else:
+                self.exporter.set(names.TASK_GRAD_COSINE, value, *tasks.split(":"))
+        self.note({name: round(value, 6) for name, value in found.items()})
+
     def note(self, values: Mapping[str, float]) -> None:
         """Numbers that some steps have, for the next record."""
         self._noted |= values

@@ -13,7 +13,7 @@ from pretrain.models.teacher import Teacher
 from pretrain.optim import ParameterRule
 from pretrain.peers import ALONE, Peers
 from pretrain.tasks.balance import Balance
-from pretrain.tasks.contract import EncodedViews, TeacherViews
+from pretrain.tasks.contract import EncodedViews, TaskOutput, TeacherViews
 from pretrain.tasks.health import effective_rank, spread
 from pretrain.tokens import TokenLayout
 from pretrain.views.plan import ViewPlan
@@ -124,12 +124,7 @@ class MultiTask(nn.Module):
 
     def forward(self, inputs: Inputs) -> dict[str, Tensor]:
         """0-dimensional tensors: `total`, and per task `loss/T`, `weight/T` and `T/<metric>`."""
-        encoded = [self._encode(group, inputs) for group in inputs.groups]
-        # not through __call__: ZeRO-3's hooks see tensors only, and the parameters are the heads'
-        outputs = {
-            name: task.forward(views_for(encoded, self.readings[name].views), self.peers)
-            for name, task in self.tasks.items()
-        }
+        encoded, outputs = self._outputs(inputs)
         total, weights = self.balance({name: output.loss for name, output in outputs.items()})
         named = {"total": total, **health(encoded[0], self.measures_rank)}
         for name, output in outputs.items():
@@ -137,6 +132,21 @@ class MultiTask(nn.Module):
             named[f"weight/{name}"] = weights[name].detach()
             named |= {f"{name}/{metric}": value.detach() for metric, value in output.metrics.items()}
         return named
+
+    def _outputs(self, inputs: Inputs) -> tuple[list[EncodedViews], dict[str, TaskOutput]]:
+        encoded = [self._encode(group, inputs) for group in inputs.groups]
+        # not through __call__: ZeRO-3's hooks see tensors only, and the parameters are the heads'
+        outputs = {
+            name: task.forward(views_for(encoded, self.readings[name].views), self.peers)
+            for name, task in self.tasks.items()
+        }
+        return encoded, outputs
+
+    def task_losses(self, inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The loss of each task by itself, with its graph, and what the total multiplies it by."""
+        _, outputs = self._outputs(inputs)
+        losses = {name: output.loss for name, output in outputs.items()}
+        return losses, self.balance(losses)[1]
 
     def finish_step(self) -> None:
         """Called once after every optimizer step that was not skipped: what tasks keep may move on."""
