@@ -12,6 +12,7 @@ from timm.models.swin_transformer import SwinTransformer
 from pretrain import build
 from pretrain.config import RunConfig
 from pretrain.engine.deepspeed_engine import check_deepspeed_config, zero_stage
+from pretrain.engine.monitors import check_monitors
 from pretrain.errors import ConfigError, UserError, nearest
 from pretrain.models.backbone import Backbone, BackboneConfig, create_backbone, levels_of
 from pretrain.optim import check_optimizer_stage
@@ -67,6 +68,7 @@ def find_problems(config: RunConfig, world_size: int) -> dict[str, list[ConfigEr
     look("batch", [partial(_check_lanes, config, world_size), partial(_check_batch, config)])
     look("schedule", [partial(_check_schedule, config)])
     look("engine", [partial(_check_engine, config, world_size)])
+    look("log", [partial(check_monitors, config.log.tensorboard, config.log.wandb, config.engine.kind)])
     return found
 
 

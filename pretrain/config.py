@@ -15,6 +15,7 @@ from pretrain.cluster import ClusterConfig
 from pretrain.conflict import GradientsConfig
 from pretrain.data.loader import DataConfig
 from pretrain.engine.engine import EngineConfig
+from pretrain.engine.monitors import WandbConfig
 from pretrain.errors import ConfigError
 from pretrain.final_export import FinalExportConfig
 from pretrain.guard import GuardConfig
@@ -80,6 +81,8 @@ class LogConfig(Settings):
     health_every_steps: Count = 50  # effective rank of the features, which is too dear for every step
     gradients: GradientsConfig | None = GradientsConfig()  # of several tasks; null: never
     prometheus: PrometheusConfig = PrometheusConfig()
+    tensorboard: bool = False  # into tensorboard/ of the run folder
+    wandb: WandbConfig | None = None
 
 
 class _AnyTasks(Settings):

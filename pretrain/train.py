@@ -19,6 +19,7 @@ from pretrain.checkpoint import Checkpoint
 from pretrain.checkpoint_writer import free_bytes
 from pretrain.data.loader import Batches, open_batches
 from pretrain.data.quarantine import num_allowed
+from pretrain.engine.monitors import open_monitors
 from pretrain.errors import EXIT_FAILED, CheckpointError, PreemptedError, TrainingError, UserError
 from pretrain.final_export import export_at_end
 from pretrain.loop import Loop, lost_peer, restore_optimizer
@@ -27,7 +28,7 @@ from pretrain.metrics.exporter import Exporter, open_exporter
 from pretrain.metrics.meter import JsonLines, Meter
 from pretrain.metrics.rank_meter import RankMeter
 from pretrain.metrics.server import Health
-from pretrain.metrics.targets import TARGETS, Target, remove_targets, write_targets
+from pretrain.metrics.targets import Target, remove_targets, target_files, write_targets
 from pretrain.online_knn import OnlineKnn
 from pretrain.oversight import KINDS
 from pretrain.preempt import Preemption
@@ -251,7 +252,13 @@ def _run(
         elif request.resume == "auto":
             logger.info("nothing to resume in %s: starting at step 0", run_dir)
         exporter, rank_meter = open_metrics(request, place, closing)
-        meter = open_meter(request, inspected, exporter, step, attempt.number) if place.is_first else None
+        meter = None
+        if place.is_first:
+            monitors = open_monitors(config.log.tensorboard, config.log.wandb, run_dir, attempt.number)
+            if monitors:
+                closing.callback(monitors.close)
+            meter = open_meter(request, inspected, exporter, step, attempt.number)
+            meter.also = monitors.write if monitors else None
         saver = Saver(run_dir, config, attempt.number, place.is_first, exporter if meter else None)
         loop = Loop(
             request,
@@ -317,10 +324,10 @@ def open_metrics(request: Request, place: cluster.Cluster, closing: ExitStack) -
     own = Target(place.rank, cluster.host_name(), config.address, serving.port) if serving else None
     targets = [target for target in cluster.from_all(own) if target]
     if place.is_first and targets:
-        path = request.output_dir / TARGETS
-        text = write_targets(path, request.output_dir.resolve().name, targets)
-        if text:
-            closing.callback(remove_targets, path, text)
+        for path in target_files(request.output_dir, config.targets_dir):
+            text = write_targets(path, request.output_dir.resolve().name, targets)
+            if text:
+                closing.callback(remove_targets, path, text)
     return exporter, RankMeter(exporter, health, place.device)
 
 

@@ -66,8 +66,8 @@ def _rank(
     faults.apply(rank, ACCUMULATION_STEPS, faults_to_apply)
     open_exporter, exporters = train.open_exporter, []
 
-    def kept(config: Any) -> Any:
-        found = open_exporter(config)
+    def kept(*arguments: Any, **settings: Any) -> Any:
+        found = open_exporter(*arguments, **settings)
         exporters.append(found[0])
         return found
 
@@ -86,10 +86,10 @@ def _rank(
 class Started:
     """The ranks of one start of a run."""
 
-    def __init__(self, processes: list[BaseProcess], outputs: list[Path], metrics: Path) -> None:
+    def __init__(self, processes: list[BaseProcess], outputs: list[Path], metrics: list[Path]) -> None:
         self.processes = processes
         self.outputs = outputs
-        self.metrics_path = metrics
+        self.metrics_paths = metrics
 
     def wait(self, seconds: float = 60.0) -> list[int | None]:
         """The exit codes, in rank order; those that do not end are killed, and fail the test."""
@@ -123,9 +123,10 @@ class Started:
                 raise AssertionError(f"it never came\n{self.all_output()}")
             time.sleep(0.02)
 
-    def metric(self, name: str) -> float:
-        """A published number as it was at the end, such as 'pretrain_steps_total'."""
-        found = re.search(rf"^{re.escape(name)} (\S+)$", self.metrics_path.read_text(), re.MULTILINE)
+    def metric(self, name: str, rank: int = 0) -> float:
+        """A number that a rank published, as it was at the end, such as 'pretrain_steps_total'."""
+        text = self.metrics_paths[rank].read_text()
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         assert found, name
         return float(found[1])
 
@@ -146,11 +147,13 @@ def start(
     _count += 1
     server, port = fork_server.context(), str(cluster.free_port())
     processes: list[BaseProcess] = []
-    outputs, metrics = [], folder / f"start-{_count}.prom"
+    outputs: list[Path] = []
+    metrics: list[Path] = []
     for rank in range(ranks):
         layout = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         layout |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         outputs.append(folder / f"start-{_count}-rank-{rank}.out")
+        metrics.append(folder / f"start-{_count}-rank-{rank}.prom")
         process = server.Process(
             target=_rank,
             args=(
@@ -159,7 +162,7 @@ def start(
                 [*arguments, *(of_rank or {}).get(rank, ())],
                 list(faults),
                 str(outputs[-1]),
-                str(metrics if rank == 0 else ""),
+                str(metrics[-1]),
             ),
         )
         process.start()

@@ -59,6 +59,8 @@ OWNED = {
     "fp16": "engine.precision",
     "optimizer": "optim",
     "scheduler": "schedule",
+    "tensorboard": "log.tensorboard",
+    "wandb": "log.wandb",
 }
 
 
@@ -67,7 +69,7 @@ SILENCED = ("untested optimizer", "OVERFLOW! Skipping step")
 # what may stand in the DeepSpeed JSON besides
 PASSED_THROUGH = (
     "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "wall_clock_breakdown",
+    "csv_monitor", "comet", "comms_logger", "flops_profiler", "wall_clock_breakdown",
     "steps_per_print", "dump_state",
 )  # fmt: skip
 ZERO_SETTINGS = (

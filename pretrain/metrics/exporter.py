@@ -6,6 +6,7 @@ The only file that imports prometheus_client.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 from prometheus_client import (
@@ -34,6 +35,8 @@ class PrometheusConfig(BaseModel):
     ranks: Literal["all", "first"] = "all"  # first: rank 0 alone answers, without what each rank measures
     address: str = "127.0.0.1"  # there is no authentication: open it to a trusted network only
     port: Annotated[int, Field(ge=0, le=65535)] = 9480  # of local rank 0; the next free one where it is taken
+    # a folder that Prometheus watches, such as one for all runs: the list of targets goes there as well
+    targets_dir: Path | None = None
     # without a step, a checkpoint or an evaluation for so long, /healthz answers 503
     unhealthy_after_seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1800.0
 

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def _number(value: object, otherwise: float) -> float:
 class Meter:
     """Counts what one rank saw; only rank 0 has one that writes.
 
-    headlines: the metric of each task that a log line shows.
+    headlines: the metric of each task that a log line shows. also: gets every record that is written.
     """
 
     def __init__(
@@ -131,7 +131,9 @@ class Meter:
         images_per_epoch: int,
         attempt: int = 1,
         work: Work | None = None,
+        also: Callable[[Mapping[str, object]], None] | None = None,
     ) -> None:
+        self.also = also
         self.lines = lines
         self.exporter = exporter
         self.headlines = headlines
@@ -283,6 +285,8 @@ class Meter:
             value = values.get(name)
             record[name] = value if value is None or math.isfinite(value) else None
         self.lines.write(record)
+        if self.also:
+            self.also(record)
         logger.info(self._line(step, means, rate))
         self._begin_window()
 

@@ -6,6 +6,7 @@ labels that tell ranks apart stand here, and not in what is scraped.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
 import logging
@@ -40,6 +41,15 @@ class Target:
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
 
+def target_files(run_dir: Path, targets_dir: Path | None) -> list[Path]:
+    """Where the list goes: into the run folder, and into a folder for many runs if there is one."""
+    files = [run_dir / TARGETS]
+    if targets_dir is not None:
+        whole = run_dir.resolve()  # two runs may have folders of one name
+        files.append(targets_dir / f"{whole.name}-{hashlib.sha256(str(whole).encode()).hexdigest()[:8]}.json")
+    return files
+
+
 def write_targets(path: Path, run: str, targets: Sequence[Target]) -> str | None:
     """Put a list in place at once, and return its text; a disk that is full or gone is told, no more."""
     text = json.dumps(
@@ -54,7 +64,9 @@ def write_targets(path: Path, run: str, targets: Sequence[Target]) -> str | None
     )
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text)
+        temporary.chmod(0o644)  # Prometheus is another user
         temporary.replace(path)
     except OSError as error:
         logger.warning("%s cannot be written (%s); Prometheus will not find this run", path, error.strerror)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.metrics.targets import Target, remove_targets, write_targets
+from pretrain.metrics.targets import Target, remove_targets, target_files, write_targets
 
 
 @pytest.mark.parametrize(
@@ -53,4 +53,14 @@ def test_a_start_takes_away_its_own_list_and_no_other(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
-    assert write_targets(tmp_path / "gone" / "targets.json", "run", []) is None
+    (tmp_path / "file").touch()
+    assert write_targets(tmp_path / "file" / "targets.json", "run", []) is None
+
+
+def test_a_folder_for_many_runs_tells_runs_of_one_name_apart(tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        own, shared = target_files(tmp_path / parent / "demo", tmp_path / "all" / "runs")
+        assert own == tmp_path / parent / "demo" / "targets.json"
+        assert write_targets(shared, "demo", [Target(0, "node", "0.0.0.0", 9480)])
+    assert len(list((tmp_path / "all" / "runs").glob("demo-*.json"))) == 2
+    assert target_files(tmp_path, None) == [tmp_path / "targets.json"]
