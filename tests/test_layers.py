@@ -58,6 +58,7 @@ LAYERS = {
         "saving",
         "loop",
         "relabel",
+        "plan",  # of a whole run, so it knows every part
         "rollbacks",
         "run_folder",
         "train",
