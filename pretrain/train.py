@@ -25,7 +25,7 @@ from pretrain.final_export import export_at_end
 from pretrain.loop import Loop, lost_peer, restore_optimizer
 from pretrain.metrics import names
 from pretrain.metrics.exporter import Exporter, open_exporter
-from pretrain.metrics.meter import JsonLines, Meter
+from pretrain.metrics.meter import JsonLines, Meter, Work
 from pretrain.metrics.rank_meter import RankMeter
 from pretrain.metrics.server import Health
 from pretrain.metrics.targets import Target, remove_targets, target_files, write_targets
@@ -38,6 +38,7 @@ from pretrain.rollbacks import read_rollbacks
 from pretrain.run_folder import begin_attempt, environment, open_folder
 from pretrain.saving import SETTLE_SECONDS, Saver
 from pretrain.tasks.cluster_labels import ClusterLabelsTask
+from pretrain.utilisation import model_work
 from pretrain.views.plan import in_places
 from pretrain.watchdog import Watchdog
 from pretrain.work_time import WorkTime
@@ -252,12 +253,13 @@ def _run(
         elif request.resume == "auto":
             logger.info("nothing to resume in %s: starting at step 0", run_dir)
         exporter, rank_meter = open_metrics(request, place, closing)
+        work = model_work(config, place, inspected.mixture.num_samples)
         meter = None
         if place.is_first:
             monitors = open_monitors(config.log.tensorboard, config.log.wandb, run_dir, attempt.number)
             if monitors:
                 closing.callback(monitors.close)
-            meter = open_meter(request, inspected, exporter, step, attempt.number)
+            meter = open_meter(request, inspected, exporter, step, attempt.number, work)
             meter.also = monitors.write if monitors else None
         saver = Saver(run_dir, config, attempt.number, place.is_first, exporter if meter else None)
         loop = Loop(
@@ -331,7 +333,14 @@ def open_metrics(request: Request, place: cluster.Cluster, closing: ExitStack) -
     return exporter, RankMeter(exporter, health, place.device)
 
 
-def open_meter(request: Request, inspected: Inspected, exporter: Exporter, step: int, attempt: int) -> Meter:
+def open_meter(
+    request: Request,
+    inspected: Inspected,
+    exporter: Exporter,
+    step: int,
+    attempt: int,
+    work: Work | None = None,
+) -> Meter:
     """Of rank 0."""
     config, run_dir = request.config, request.output_dir
     publish_start(exporter, request, inspected, attempt)
@@ -347,6 +356,7 @@ def open_meter(request: Request, inspected: Inspected, exporter: Exporter, step:
         global_batch=config.batch.global_size,
         images_per_epoch=inspected.mixture.num_samples,
         attempt=attempt,
+        work=work,
     )
 
 

@@ -62,6 +62,7 @@ LAYERS = {
         "rollbacks",
         "run_folder",
         "train",
+        "utilisation",
         "pretext",
         "illustrate",
         "sweep",
