@@ -1,25 +1,25 @@
 """Publishes a run to Prometheus, on loopback unless configured otherwise.
 
-The only file that imports prometheus_client.
+Only this file and histogram.py import prometheus_client.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     disable_created_metrics,
     make_wsgi_app,
 )
 from pydantic import BaseModel, ConfigDict, Field
 
 from pretrain.metrics import names
+from pretrain.metrics.histogram import HistogramMetric
 from pretrain.metrics.names import METRICS, STEP_BUCKETS, Metric
 from pretrain.metrics.server import Health, Serving, with_health
 
@@ -48,32 +48,42 @@ class Exporter:
     """
 
     def __init__(self, registry: CollectorRegistry, is_first: bool = True) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which says when this process began
+        # of a second series for each counter, which says when this process began
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry
         own = [metric for metric in METRICS if is_first or metric.scope == "rank"]
         self._absent = {metric.name: metric for metric in own if metric.kind == "gauge"}
         self._metrics = {metric.name: _made(metric, registry) for metric in own if metric.kind != "gauge"}
+        self._children: dict[tuple[str, tuple[str, ...]], Any] = {}
 
     def set(self, metric: Metric, value: float, *labels: str) -> None:
         """A gauge is there from its first value on: a 0 that nobody measured would look like a collapse."""
-        gauge = self._metrics.get(metric.name)
-        if gauge is None and metric.name in self._absent:
-            gauge = self._metrics[metric.name] = _made(self._absent.pop(metric.name), self.registry)
+        gauge = self._child(metric, labels)
         if gauge is not None:
-            assert isinstance(gauge, Gauge)
-            (gauge.labels(*labels) if labels else gauge).set(value)
+            gauge.set(value)
 
     def add(self, metric: Metric, amount: float, *labels: str) -> None:
-        counter = self._metrics.get(metric.name)
+        counter = self._child(metric, labels)
         if counter is not None:
-            assert isinstance(counter, Counter)
-            (counter.labels(*labels) if labels else counter).inc(amount)
+            counter.inc(amount)
 
     def observe(self, metric: Metric, value: float, *labels: str) -> None:
-        histogram = self._metrics.get(metric.name)
+        histogram = self._child(metric, labels)
         if histogram is not None:
-            assert isinstance(histogram, Histogram)
-            (histogram.labels(*labels) if labels else histogram).observe(value)
+            histogram.observe(value)
+
+    def _child(self, metric: Metric, labels: tuple[str, ...]) -> Any:
+        """The series of a metric; looked up here, as the library checks all labels each time it is asked."""
+        key = (metric.name, labels)
+        child = self._children.get(key)
+        if child is None:
+            if metric.name in self._absent:
+                self._metrics[metric.name] = _made(self._absent.pop(metric.name), self.registry)
+            whole = self._metrics.get(metric.name)
+            has_series = whole is not None and (labels or isinstance(whole, HistogramMetric))
+            child = whole.labels(*labels) if whole is not None and has_series else whole
+            self._children[key] = child
+        return child
 
     def publish_step(self, values: Mapping[str, float]) -> None:
         """Losses, weights and task metrics of a step, named as `StepOutput.values`."""
@@ -93,9 +103,11 @@ class Exporter:
                 self.set(names.TEACHER_ENTROPY, value / values[f"{first}/entropy_bound"], first)
 
 
-def _made(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+def _made(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | HistogramMetric:
     if metric.kind == "histogram":
-        return Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=STEP_BUCKETS)
+        histogram = HistogramMetric(metric.name, metric.help, metric.labels, STEP_BUCKETS)
+        registry.register(histogram)
+        return histogram
     kind: type[Counter | Gauge] = Counter if metric.kind == "counter" else Gauge
     return kind(metric.name, metric.help, metric.labels, registry=registry)
 

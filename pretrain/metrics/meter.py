@@ -146,8 +146,8 @@ class Meter:
         self.goodput = Goodput(lines.last)
         self._published = -PUBLISH_SECONDS
         self._unpublished_steps = 0
-        self._sums: dict[str, float] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
+        self._seen: dict[str, list[float]] = {}  # values since the last record, by name
+        self._section_seconds: dict[str, float] = defaultdict(float)
         self._window_steps = 0
         self._window_seconds = 0.0
         self._window_wait_seconds = 0.0
@@ -172,11 +172,13 @@ class Meter:
 
         sections: seconds of rank 0, by section of the step.
         """
-        timed = {f"seconds/{section}": spent for section, spent in (sections or {}).items()}
-        for name, value in [*values.items(), *timed.items()]:
-            if math.isfinite(value):
-                self._sums[name] += value
-                self._counts[name] += 1
+        for name, value in values.items():
+            if (seen := self._seen.get(name)) is None:
+                self._seen[name] = [value]
+            else:
+                seen.append(value)
+        for section, spent in (sections or {}).items():
+            self._section_seconds[section] += spent
         self._window_steps += 1
         self._window_seconds += seconds
         self._window_wait_seconds += wait_seconds
@@ -192,7 +194,7 @@ class Meter:
             self._published = now
             self._publish(step, values)
         if is_due:
-            self._write(step, values, timed)
+            self._write(step, values)
 
     def _publish(self, step: int, values: Mapping[str, float]) -> None:
         """What a scrape finds until the next time; more often than Prometheus asks would be for nothing."""
@@ -242,22 +244,22 @@ class Meter:
 
     def _begin_window(self) -> None:
         self._noted.clear()
-        self._sums.clear()
-        self._counts.clear()
+        self._seen.clear()
+        self._section_seconds.clear()
         self._window_steps = self._window_skipped = 0
         self._window_seconds = self._window_wait_seconds = 0.0
 
-    def _write(self, step: int, values: Mapping[str, float], timed: Mapping[str, float]) -> None:
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
         rate = self.global_batch * self._window_steps / max(self._window_seconds, 1e-9)
         self.exporter.set(names.IMAGES_PER_SECOND, rate)
         # the first step compiles and warms up, so it does not count towards the time left
         if step > 1:
             self._recent_seconds.append(self._window_seconds / self._window_steps)
             del self._recent_seconds[:-20]
-        counts = self._counts
-        means = {
-            name: self._sums[name] / counts[name] if counts.get(name) else None
-            for name in {**values, **timed, **counts}
+        means = self._means()
+        timed = {
+            f"seconds/{section}": round(spent / self._window_steps, 6)
+            for section, spent in self._section_seconds.items()
         }
         record: dict[str, object] = {
             "step": step,
@@ -269,6 +271,7 @@ class Meter:
             "data_wait_seconds": round(self._window_wait_seconds / self._window_steps, 5),
             "skipped_steps": self._window_skipped,
             **means,
+            **timed,
             **self._noted,
             "goodput_ratio": round(self.goodput.ratio, 4),
             "useful_seconds": round(self.goodput.useful_seconds, 3),
@@ -289,6 +292,15 @@ class Meter:
             self.also(record)
         logger.info(self._line(step, means, rate))
         self._begin_window()
+
+    def _means(self) -> dict[str, float | None]:
+        """Of what was finite; None where nothing was."""
+        means: dict[str, float | None] = {}
+        for name, seen in self._seen.items():
+            total = sum(seen)
+            finite = seen if math.isfinite(total) else [value for value in seen if math.isfinite(value)]
+            means[name] = sum(finite) / len(finite) if finite else None
+        return means
 
     def _line(self, step: int, means: Mapping[str, float | None], rate: float) -> str:
         def shown(value: float | None) -> str:
