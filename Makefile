@@ -11,7 +11,7 @@ SAMPLE := data_shards/sample
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-cluster test-cluster-slow chaos gpu-check bench bench-overhead bench-engine \
-	bench-checkpoint bench-data bench-export bench-evaluate protocol check format shards pretrain export evaluate report \
+	bench-checkpoint bench-data bench-metrics bench-export bench-evaluate protocol check format shards pretrain export evaluate report \
 	clean
 
 help: ## list the targets
@@ -84,6 +84,9 @@ bench-checkpoint: $(READY) ## how long a checkpoint of ViT-B holds up the traini
 
 bench-data: $(READY) ## images/s of the loader beside other loaders; PEERS is a python that has them (benchmarks/peers.txt)
 	$(BIN)/python benchmarks/data.py --out benchmarks/results/data-cpu.json $(if $(PEERS),--peers-python $(PEERS))
+
+bench-metrics: $(READY) ## what metrics, health of the features and gradient conflict cost a step
+	$(BIN)/python benchmarks/metrics_cost.py --out benchmarks/results/metrics-cost-cpu.json
 
 bench-export: $(READY) ## three short trainings, exported in every format: how far apart the features are
 	$(BIN)/python benchmarks/export_parity.py --out benchmarks/results/export-parity.json

@@ -54,7 +54,7 @@ def check_monitors(tensorboard: bool, wandb: WandbConfig | None, engine_kind: st
         if is_on and engine_kind != "deepspeed":
             raise ConfigError(f"{setting}: is written by DeepSpeed's monitor; set engine.kind: deepspeed")
         if is_on and find_spec(package) is None:
-            raise ConfigError(f"{setting}: {package} is not installed; run pip install 'pretrain[log]'")
+            raise ConfigError(f"{setting}: {package} is not installed; run pip install 'pretrain[{package}]'")
 
 
 class Monitors:
