@@ -1,7 +1,7 @@
 """Writes reference.md: every command with its arguments, and every setting of a run with its default.
 
-The commands come from the parser of the command line, the settings from the models that read a config; what a
-setting means is the comment that stands beside it in the code. `python docs/make_reference.py` writes the page.
+The commands come from the parser of the command line, the settings from the models that read a config; what
+a setting means is the comment that stands beside it in the code. `python docs/make_reference.py` writes it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ WIDTH = 100
 
 HEADER = """# Reference
 
-Every command and every setting, written by `python docs/make_reference.py` from the code; a test keeps it true.
+Every command and every setting, written by `python docs/make_reference.py` from the code; a test keeps it
+true.
 
 ## Exit codes
 
@@ -155,7 +156,8 @@ def default_of(field: Any) -> str:
 
 def section_text(name: str, model: type[BaseModel], about: str) -> str:
     comments = comments_of(model)
-    rows = [f"### {name}", "", about, "", "| setting | kind | default | meaning |", "| --- | --- | --- | --- |"]
+    head = ["| setting | kind | default | meaning |", "| --- | --- | --- | --- |"]
+    rows = [f"### {name}", "", about, "", *head]
     inner: list[str] = []
     for key, field in model.model_fields.items():
         section = model_in(field.annotation)
@@ -171,9 +173,9 @@ def section_text(name: str, model: type[BaseModel], about: str) -> str:
 def settings() -> Iterator[str]:
     yield "## Settings of a run\n"
     yield (
-        "A config is YAML; `extends: other.yaml` takes another one and replaces what it says itself. On the "
-        "command line `section.key=value` replaces any setting. What is not known is refused, with the nearest "
-        "known name.\n"
+        "A config is YAML; `extends: other.yaml` takes another one and replaces what it says itself. On "
+        "the command line `section.key=value` replaces any setting. What is not known is refused, with the "
+        "nearest known name.\n"
     )
     plain = {name: field for name, field in RunConfig.model_fields.items() if not model_in(field.annotation)}
     yield f"At the top: {', '.join(f'`{name}` ({default_of(field)})' for name, field in plain.items())}.\n"
