@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from pretrain import __version__
 from pretrain.data.build.arguments import add_arguments as build_arguments
+from pretrain.doctor import arguments as doctor_arguments
 from pretrain.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -129,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     report_arguments.add_arguments(
         commands.add_parser("report", help="draw a run as one HTML file", epilog=EXIT_CODES)
+    )
+    doctor_arguments.add_arguments(
+        commands.add_parser(
+            "doctor", help="say what is wrong with a run, and what to do", epilog=doctor_arguments.EXIT_CODES
+        )
     )
     return parser
 
@@ -453,6 +459,10 @@ def _report(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    return doctor_arguments.run(arguments, _say)
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.kind == "pretext":  # needs the heads of the run, so the wiring
         return _evaluate_pretext(arguments)
@@ -487,4 +497,5 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "transfer": _transfer,
     "report": _report,
+    "doctor": _doctor,
 }

@@ -41,7 +41,7 @@ LAYERS = {
         "work_time",
         "section_time",
     },
-    "downstream": {"export", "evaluate", "transfer", "report"},
+    "downstream": {"export", "evaluate", "transfer", "report", "doctor"},
     "wiring": {
         "config",
         "build",
@@ -75,6 +75,7 @@ ALLOWED = {
     ("checkpoint", "attempts"),  # edges of one store: whose checkpoints count is known to attempts
     ("export", "checkpoint"),  # which of a run's checkpoints count has one home
     ("export", "attempts"),  # and so has whether a run has finished
+    ("doctor", "attempts"),  # or lives; what of this reads no tensor is read without importing torch
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 

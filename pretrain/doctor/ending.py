@@ -1,0 +1,340 @@
+"""How the starts of a run ended: asked to, failed, killed without a word, hanging, or not at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pretrain.doctor import series
+from pretrain.doctor import thresholds as limit
+from pretrain.doctor.finding import Finding
+from pretrain.doctor.remedy import go_on, lower_lr, resume_command, verify_shards
+from pretrain.doctor.run_files import RunFiles, Start
+
+STOPPED = "stopped: "
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What the last words of a run that failed mean."""
+
+    pattern: str
+    cause: str
+    what: str
+    do: Callable[[RunFiles], str]
+
+
+def _smaller(files: RunFiles) -> str:
+    told = [part for part in last_words(files).split("; ") if part.startswith("set ")]
+    doubled = f"batch.accumulation_steps={2 * int(files.setting('batch.accumulation_steps', 1))}"
+    return f"{told[-1] if told else f'set {doubled}, or engine.recompute=true'}; then: {go_on(files)}"
+
+
+# the first that fits; in the words that the run itself uses
+_FAILURES = (
+    _Failure(
+        r"memory (of \S+ )?ran out", "out of memory", "A rank needed more memory than there was.", _smaller
+    ),
+    _Failure(
+        r"were not finite|no checkpoint to go back to|in '?\S+ is not finite|is not finite; lower",
+        "not finite",
+        "Losses or gradients became NaN or infinite, and going back did not help.",
+        lambda files: f"set {lower_lr(files)} or engine.precision=fp32; then: {go_on(files)}",
+    ),
+    _Failure(
+        r"features of different images have been nearly the same",
+        "collapse",
+        "The features of all images have become nearly the same, and guard.collapse.action is 'stop'.",
+        lambda files: (
+            f"set {lower_lr(files)}, or check the teacher and the balance of the losses; begin anew"
+        ),
+    ),
+    _Failure(
+        r"the loss is .* scaled deviations above",
+        "loss spike",
+        "One loss was far above the others, and guard.loss_spike.action asks to stop or to go back.",
+        lambda files: f"look at its samples in anomalies.jsonl; set {lower_lr(files)}; then: {go_on(files)}",
+    ),
+    _Failure(
+        r"checkpoints? (in a row )?could not be written|cannot be written \(",
+        "checkpoints not written",
+        "The run stopped because it could not save its state.",
+        lambda files: f"make room on, or bring back, the disk of {files.run}; then: {go_on(files)}",
+    ),
+    _Failure(
+        r"are not those of the others",
+        "faulty device",
+        "The weights of one rank differ from those of all others: its device or memory is likely broken.",
+        lambda files: f"keep the run off that node or device, have it tested; then: {go_on(files)}",
+    ),
+    _Failure(
+        r"another rank has ended or does not answer",
+        "a rank died",
+        "Another rank ended or became unreachable, so the rest could not go on.",
+        lambda files: (
+            "look for the first message of that rank in the output of the job, and at `dmesg` of its node "
+            f"for 'Out of memory'; then: {go_on(files)}"
+        ),
+    ),
+    _Failure(
+        r"samples do not decode|is damaged|does not match its index|has changed since",
+        "bad shards",
+        "The data has more bad samples than data.max_bad_ratio allows, or is not what was indexed.",
+        lambda files: (
+            f"find them: {verify_shards(files)}; mend: {verify_shards(files, repair=True)}; or raise "
+            "data.max_bad_ratio"
+        ),
+    ),
+    _Failure(
+        r"differs between ranks",
+        "ranks differ",
+        "The ranks were not given the same software, settings or data.",
+        lambda files: f"install the same versions on every node and start all ranks alike: {go_on(files)}",
+    ),
+    _Failure(
+        r"wrote no checkpoint beyond",
+        "no progress",
+        "The run was started again and again without coming further, and refuses to go on so.",
+        lambda files: "mend what ended the starts before (their last words are in train.log)",
+    ),
+)
+
+
+def last_words(files: RunFiles) -> str:
+    """What follows 'stopped: ' in the last such line of the log."""
+    told = [line for line in files.whole_log if line.startswith(STOPPED)]
+    return told[-1].removeprefix(STOPPED) if told else ""
+
+
+def check_failure(files: RunFiles) -> Iterator[Finding]:
+    """The newest start has failed, and says why."""
+    if files.state != "failed" and not (files.state == "unknown" and _ends_with_stop(files)):
+        return
+    said = last_words(files)
+    if not said:
+        yield Finding(
+            "error",
+            "failed",
+            "The run failed and its log does not say why.",
+            (f"the last line of train.log: {files.whole_log[-1] if files.whole_log else '(there is none)'}",),
+            f"look at the output of the job; then: {go_on(files)}",
+        )
+        return
+    for failure in _FAILURES:
+        if re.search(failure.pattern, said):
+            yield Finding(
+                "error", failure.cause, failure.what, (f"train.log: stopped: {said}",), failure.do(files)
+            )
+            return
+    thrown = [line for line in files.whole_log if re.match(r"[A-Za-z_.]+(Error|Exception): ", line)]
+    yield Finding(
+        "error",
+        "failed",
+        "The run ended with an error.",
+        (f"train.log: stopped: {said}", *(thrown[-1:] if said not in "".join(thrown[-1:]) else ())),
+        f"mend what that line says; then: {go_on(files)}",
+    )
+
+
+def _ends_with_stop(files: RunFiles) -> bool:
+    return any(line.startswith(STOPPED) for line in files.log[-60:])
+
+
+def check_killed(files: RunFiles) -> Iterator[Finding]:
+    """The newest start is dead, or silent, and has not said how it ended."""
+    newest = files.newest
+    if files.state not in ("killed", "silent") or newest is None or newest.number in files.hangs:
+        return
+    saved = files.checkpoints[0].step if files.checkpoints else 0
+    lost = max(0, files.step - saved)
+    evidence = [
+        f"start {newest.number} has no outcome in attempts/, and its last logged step is {files.step}"
+    ]
+    if files.half_written:
+        evidence.append(f"it died while it wrote a checkpoint: {files.half_written[-1]} is not complete")
+    grown = memory_growth(files)
+    if grown:
+        evidence.append(grown)
+    evidence.append(
+        f"{lost} steps after the checkpoint of step {saved} are lost and will be taken again"
+        if saved
+        else "there is no checkpoint: it will begin anew"
+    )
+    if files.state == "silent":
+        record = newest.record
+        where = f"{record.owner.host} (pid {record.owner.pid})" if record else "its machine"
+        yield Finding(
+            "error",
+            "no sign of life",
+            f"The run ran on {where} and has given no sign of life for {_span(files.silent_seconds or 0)}.",
+            tuple(evidence),
+            f"see on that machine whether it still runs; if not: {go_on(files)}",
+        )
+        return
+    cause = "out of memory" if grown else "killed"
+    what = "The process ended without a word: killed by SIGKILL, by the kernel's out-of-memory killer or with"
+    yield Finding(
+        "error",
+        cause,
+        f"{what} its machine.",
+        tuple(evidence),
+        "look at `dmesg -T | grep -i -E 'killed process|out of memory'` on its machine and at what the "
+        f"scheduler has on record of the job; then: {go_on(files)}",
+    )
+
+
+def check_hang(files: RunFiles) -> Iterator[Finding]:
+    """The watchdog ended a start, or a live one stands still."""
+    newest = files.newest
+    if newest and newest.number in files.hangs and files.state != "running":
+        folder = f"health/attempt-{newest.number:04d}"
+        yield Finding(
+            "error",
+            "hang",
+            "A rank stood still, and the watchdog ended the run.",
+            (files.hangs[newest.number], f"what every rank was doing: {folder}/rank-*.stacks.txt"),
+            f"read the stacks of the rank that is named; if it was in 'data', test its storage; else keep "
+            f"the run off its node. If it was only slow, raise the limit that is named. Then: {go_on(files)}",
+        )
+    if files.state != "running" or files.pause_seconds is None:
+        return
+    recent = series.recent(files)
+    every = series.steps_in(recent) / max(1, len(recent) - 1)
+    usual = every * (series.mean(recent, "step_seconds") or 0.0)
+    allowed = max(limit.MIN_PAUSE_SECONDS, limit.MAX_PAUSE * usual)
+    if recent and files.pause_seconds > allowed:
+        yield Finding(
+            "warning",
+            "standing still",
+            f"The run lives and has written nothing for {_span(files.pause_seconds)}.",
+            (f"step {files.step} was its last; before, a log line came every {_span(usual)}",),
+            "wait for the watchdog (watchdog.*_seconds), which ends it and names the rank; or look now, on "
+            f"its machine: py-spy dump --pid {newest.record.owner.pid if newest and newest.record else 'PID'}",
+        )
+
+
+def check_preempted(files: RunFiles) -> Iterator[Finding]:
+    if files.state != "preempted":
+        return
+    yield Finding(
+        "note",
+        "preempted",
+        "The run was asked to stop, has saved its state and can go on. That is no fault.",
+        tuple(f"train.log: stopped: {last_words(files)}" for _ in [0] if last_words(files)),
+        go_on(files),
+    )
+
+
+def check_restarts(files: RunFiles) -> Iterator[Finding]:
+    """Starts in a row without progress, and how often there was one."""
+    idle = _idle_starts(files)
+    most = int(files.setting("guard.max_idle_attempts", 3))
+    if len(idle) >= 2:
+        saved = files.checkpoints[0].step if files.checkpoints else 0
+        yield Finding(
+            "error" if most and len(idle) >= most else "warning",
+            "no progress",
+            f"The last {len(idle)} starts wrote no checkpoint beyond step {saved}: the run goes in circles.",
+            (
+                *(f"start {start.number}: {_ended(start)}" for start in idle),
+                f"guard.max_idle_attempts={most} such starts in a row are allowed (0: any number)",
+            ),
+            "mend what ends it at the same place each time (the end of train.log, the output of the job), or "
+            "save earlier with a smaller checkpoint.every_steps; then: "
+            + resume_command(files, f"guard.max_idle_attempts={len(idle) + 1}"),
+        )
+    goodput = series.last(files.records, "goodput_ratio")
+    seconds = _since_first(files)
+    if goodput is not None and goodput < limit.MIN_GOODPUT_RATIO and seconds > limit.MIN_GOODPUT_SECONDS:
+        yield Finding(
+            "warning",
+            "low goodput",
+            f"Of all time since the run first began, {goodput:.0%} went into steps that count.",
+            (f"{len(files.starts)} starts in {_span(seconds)}", *_taken_again(files)),
+            "restarts, waiting in a queue and steps taken again cost the rest: save more often, with a "
+            "smaller checkpoint.every_steps, and ask for longer jobs",
+        )
+    elif len(files.starts) > 1:
+        yield Finding(
+            "note",
+            "restarts",
+            f"The run was started {len(files.starts)} times.",
+            (
+                *(f"start {start.number}: {_ended(start)}" for start in files.starts[-6:]),
+                *_taken_again(files),
+            ),
+        )
+
+
+def check_changes(files: RunFiles) -> Iterator[Finding]:
+    marker = "changed since then: "
+    changed = [line.removeprefix(marker) for line in files.whole_log if line.startswith(marker)]
+    if changed:
+        yield Finding(
+            "note",
+            "settings changed",
+            "Settings were changed between starts; numbers before and after may not compare.",
+            tuple(dict.fromkeys(changed)),
+        )
+
+
+def _idle_starts(files: RunFiles) -> list[Start]:
+    """Those in a row, up to the newest that is over, that wrote no checkpoint beyond where they began."""
+    saved = files.checkpoints[0].step if files.checkpoints else 0
+    idle: list[Start] = []
+    for start in reversed(files.starts):
+        record = start.record
+        if record is None or (files.state == "running" and start is files.newest):
+            continue
+        if record.outcome in ("done", "preempted") or (record.began_from and record.began_from.step < saved):
+            break
+        idle.insert(0, start)
+    return idle
+
+
+def _ended(start: Start) -> str:
+    record = start.record
+    if record is None:
+        return "its file is damaged"
+    began = f"from step {record.began_from.step}" if record.began_from else "over before it began"
+    if record.outcome is None:
+        return f"{began}, no outcome (killed, or still running)"
+    return f"{began}, {record.outcome}" + (f" at step {record.step}" if record.outcome != "failed" else "")
+
+
+def _taken_again(files: RunFiles) -> tuple[str, ...]:
+    found = [
+        re.fullmatch(r"(\d+) steps beyond the checkpoint are taken again", line) for line in files.whole_log
+    ]
+    num = sum(int(match[1]) for match in found if match)
+    return (f"{num} steps were taken again after them",) if num else ()
+
+
+def _since_first(files: RunFiles) -> float:
+    times = series.values(files.records, "unix_time")
+    return max(0.0, times[-1] - times[0]) if times else 0.0
+
+
+def memory_growth(files: RunFiles) -> str | None:
+    """How the memory of the training process grew over the newest start, if it did."""
+    own = series.own_records(files)
+    sizes = series.values(own, "resident_bytes")
+    if len(sizes) < limit.MIN_MEMORY_RECORDS:
+        return None
+    quarter = len(sizes) // 4
+    means = [sum(part) / len(part) for part in (sizes[quarter : 2 * quarter], sizes[2 * quarter : -quarter])]
+    means.append(sum(sizes[-quarter:]) / quarter)
+    grows = means[0] < means[1] < means[2]
+    enough = (
+        means[2] - means[0] > limit.MIN_MEMORY_GROWTH_BYTES and means[2] > limit.MAX_MEMORY_GROWTH * means[0]
+    )
+    if not (grows and enough):
+        return None
+    return f"its memory grew from {means[0] / 1e9:.1f} to {means[2] / 1e9:.1f} GB over {series.span(own)}"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
