@@ -204,13 +204,14 @@ def check_hang(files: RunFiles) -> Iterator[Finding]:
     usual = every * (series.mean(recent, "step_seconds") or 0.0)
     allowed = max(limit.MIN_PAUSE_SECONDS, limit.MAX_PAUSE * usual)
     if recent and files.pause_seconds > allowed:
+        pid = newest.record.owner.pid if newest and newest.record else "PID"
         yield Finding(
             "warning",
             "standing still",
             f"The run lives and has written nothing for {_span(files.pause_seconds)}.",
             (f"step {files.step} was its last; before, a log line came every {_span(usual)}",),
             "wait for the watchdog (watchdog.*_seconds), which ends it and names the rank; or look now, on "
-            f"its machine: py-spy dump --pid {newest.record.owner.pid if newest and newest.record else 'PID'}",
+            f"its machine: py-spy dump --pid {pid}",
         )
 
 

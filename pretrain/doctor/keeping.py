@@ -111,7 +111,7 @@ def check_age(files: RunFiles) -> Iterator[Finding]:
             "old checkpoint",
             f"A kill would cost up to {seconds / 3600:.1f} hours of work.",
             (f"checkpoint.every_steps={every}, at {seconds / every:.2f} s per step",),
-            f"at the next start set checkpoint.every_steps={max(1, int(every * 1800 / seconds))}: half an hour",
+            f"at the next start set checkpoint.every_steps={max(1, int(every * 1800 / seconds))} (30 min)",
         )
 
 

@@ -76,5 +76,5 @@ def check_memory(files: RunFiles) -> Iterator[Finding]:
             "memory grows",
             "The memory of the training process grows and grows; the kernel will kill it in the end.",
             (grown,),
-            "lower data.prefetch_batches and data.shuffle_block; if it still grows, report it with this output",
+            "lower data.prefetch_batches and data.shuffle_block; if that changes nothing, report it",
         )
