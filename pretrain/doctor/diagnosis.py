@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.doctor import ending, features, keeping, learning, pace, reading, series
+from pretrain.doctor import ending, features, keeping, learning, pace, reading, restarts, series
 from pretrain.doctor.finding import Finding, Severity, most_severe_first
 from pretrain.doctor.run_files import RunFiles
 from pretrain.doctor.thresholds import MIN_TIMED_STEPS
@@ -17,7 +17,7 @@ CHECKS: tuple[Check, ...] = (
     ending.check_failure,
     ending.check_hang,
     ending.check_killed,
-    ending.check_restarts,
+    restarts.check_restarts,
     features.check_collapse,
     learning.check_diverging,
     learning.check_not_finite,
@@ -40,7 +40,7 @@ CHECKS: tuple[Check, ...] = (
     pace.check_slowing,
     pace.check_memory,
     ending.check_preempted,
-    ending.check_changes,
+    restarts.check_changes,
 )
 
 
@@ -139,10 +139,10 @@ def _looked_at(files: RunFiles) -> str:
     stored = files.checkpoints
     hashed = sum(checkpoint.hashed for checkpoint in stored)
     parts = [
-        f"{len(files.records)} lines of metrics",
-        f"{len(files.whole_log)} lines of log",
+        f"{len(files.records)} metric lines",
+        f"{len(files.whole_log)} log lines",
         f"{len(files.starts)} start{'s' * (len(files.starts) != 1)}",
         f"{len(stored)} checkpoint{'s' * (len(stored) != 1)}"
-        + (f" ({hashed} by checksum; --verify compares all)" if hashed < len(stored) else ""),
+        + (f" (checksums of {hashed}; of all with --verify)" if hashed < len(stored) else ""),
     ]
     return ", ".join(parts)

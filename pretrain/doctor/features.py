@@ -73,10 +73,12 @@ def _few_directions(files: RunFiles) -> Iterator[str]:
     recent = series.recent(files)
     if files.step < limit.MIN_FEATURE_STEPS:
         return
-    ranks = series.values(recent, "effective_rank")
+    ranks = series.values(series.own_records(files), "effective_rank")[
+        -limit.MIN_RECENT :
+    ]  # not of each step
     if ranks and max(ranks) < limit.MIN_EFFECTIVE_RANK:
         now = sum(ranks) / len(ranks)
-        yield f"effective_rank {now:.2f} over {series.span(recent)}: one direction holds nearly all"
+        yield f"effective_rank {now:.2f} when it was last measured: one direction holds nearly all"
     same, different = series.mean(recent, "similarity/same"), series.mean(recent, "similarity/different")
     if same is None or different is None:
         return

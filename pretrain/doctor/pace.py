@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from pretrain.doctor import series
 from pretrain.doctor import thresholds as limit
-from pretrain.doctor.ending import memory_growth
 from pretrain.doctor.finding import Finding
 from pretrain.doctor.run_files import RunFiles
 
@@ -24,9 +23,9 @@ def check_straggler(files: RunFiles) -> Iterator[Finding]:
         elif found := _RECOVERED.match(line):
             slow.pop(found[1], None)
     below = float(files.setting("guard.straggler.below", 0.6))
-    recent = series.recent(files)
+    recent = series.timed(files)
     speed = series.median(recent, "slowest_rank_speed")
-    if not slow and (speed is None or speed >= below or series.steps_in(recent) < limit.MIN_TIMED_STEPS):
+    if not slow and (speed is None or speed >= below):
         return
     ranks = ", ".join(slow) or f"rank {series.last(recent, 'slowest_rank') or 0:.0f}"
     evidence = list(slow.values())
@@ -50,14 +49,14 @@ def check_slowing(files: RunFiles) -> Iterator[Finding]:
     begin, recent = own[: len(series.recent(files))], series.recent(files)
     first, now = series.median(begin, "step_seconds"), series.median(recent, "step_seconds")
     apart = len(own) >= 2 * len(recent) and series.seconds_in(own) >= limit.MIN_SLOWING_SECONDS
-    if not apart or not first or not now or now < limit.MAX_SLOWING * first:
+    if not apart or not first or not now or now < limit.NOTED_SLOWING * first:
         return
     waits = (
         series.median(begin, "data_wait_seconds") or 0.0,
         series.median(recent, "data_wait_seconds") or 0.0,
     )
     yield Finding(
-        "warning",
+        "warning" if now >= limit.MAX_SLOWING * first else "note",
         "getting slower",
         f"A step takes {now / first:.1f} times as long as at first.",
         (
@@ -78,3 +77,21 @@ def check_memory(files: RunFiles) -> Iterator[Finding]:
             (grown,),
             "lower data.prefetch_batches and data.shuffle_block; if that changes nothing, report it",
         )
+
+
+def memory_growth(files: RunFiles) -> str | None:
+    """How the memory of the training process grew over the newest start, if it did."""
+    own = series.own_records(files)
+    sizes = series.values(own, "resident_bytes")
+    if len(sizes) < limit.MIN_MEMORY_RECORDS:
+        return None
+    quarter = len(sizes) // 4
+    means = [sum(part) / len(part) for part in (sizes[quarter : 2 * quarter], sizes[2 * quarter : -quarter])]
+    means.append(sum(sizes[-quarter:]) / quarter)
+    grows = means[0] < means[1] < means[2]
+    enough = (
+        means[2] - means[0] > limit.MIN_MEMORY_GROWTH_BYTES and means[2] > limit.MAX_MEMORY_GROWTH * means[0]
+    )
+    if not (grows and enough):
+        return None
+    return f"its memory grew from {means[0] / 1e9:.1f} to {means[2] / 1e9:.1f} GB over {series.span(own)}"

@@ -17,8 +17,8 @@ CHECKSUM = "checksum"  # the reason where the bytes are not those that were inde
 
 def check_data_bound(files: RunFiles) -> Iterator[Finding]:
     """Training waits for its data."""
-    recent = series.recent(files)
-    if series.steps_in(recent) < limit.MIN_TIMED_STEPS or series.seconds_in(recent) < limit.MIN_TIMED_SECONDS:
+    recent = series.timed(files)
+    if series.seconds_in(recent) < limit.MIN_TIMED_SECONDS:
         return
     waits, steps = series.mean(recent, "data_wait_seconds"), series.mean(recent, "step_seconds")
     if waits is None or not steps or waits / steps <= limit.MAX_DATA_WAIT_RATIO:
@@ -28,6 +28,11 @@ def check_data_bound(files: RunFiles) -> Iterator[Finding]:
         f"{waits:.3f} s of {steps:.3f} s per step are waiting, over {series.span(recent)}",
         f"{rate:.0f} images/s; without waiting about {rate * steps / max(steps - waits, 1e-9):.0f}",
     ]
+    marker = "seconds/"
+    sections = [name for name in recent[-1] if name.startswith(marker)]
+    if sections:
+        told = (f"{name.removeprefix(marker)} {series.mean(recent, name) or 0:.3f}" for name in sections)
+        evidence.append(f"seconds of a step: {', '.join(told)}")
     yield Finding(
         "warning",
         "data-bound",

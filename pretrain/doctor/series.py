@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pretrain.doctor.run_files import RunFiles
-from pretrain.doctor.thresholds import MAX_RECENT, MIN_RECENT, RECENT_RATIO
+from pretrain.doctor.thresholds import MAX_RECENT, MIN_RECENT, MIN_TIMED_STEPS, RECENT_RATIO
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -29,6 +29,15 @@ def recent(files: RunFiles) -> Records:
 def early(files: RunFiles) -> Records:
     """The first log lines of the whole run, as many as `recent` takes of all, after the very first."""
     return files.records[1 : 1 + _length(files.records)]
+
+
+def timed(files: RunFiles) -> Records:
+    """The recent log lines, or more where those cover too few steps to say anything of speed."""
+    own = own_records(files)
+    for length in range(_length(own), len(own) + 1):
+        if steps_in(own[-length:]) >= MIN_TIMED_STEPS:
+            return own[-length:]
+    return []
 
 
 def _length(records: Records) -> int:
@@ -73,8 +82,13 @@ def span(records: Records) -> str:
     return f"steps {steps[0]:.0f} to {steps[-1]:.0f}" if len(steps) > 1 else f"step {steps[0]:.0f}"
 
 
+def told_span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def tasks_of(files: RunFiles) -> list[str]:
     """Tasks with a loss in the log."""
-    names = [name.removeprefix("loss/") for name in (files.records[-1] if files.records else {})]
     known = files.records[-1] if files.records else {}
-    return [name for name in names if f"loss/{name}" in known]
+    return [name.removeprefix("loss/") for name in known if name.startswith("loss/")]

@@ -21,8 +21,8 @@ MAX_RETRIES_PER_STEP = 0.01
 # of the budget of bad samples: with half of it used up, the run is likely to end before its last epoch
 MAX_BUDGET_RATIO = 0.5
 
-# a step that became twice as long is no noise: other users of the machine rarely cost a half
-MAX_SLOWING = 2.0
+# a step that became twice as long may be due to others on the same machine; four times as long is looked into
+NOTED_SLOWING, MAX_SLOWING = 2.0, 4.0
 MIN_SLOWING_SECONDS = 60.0  # of training
 # host memory that grew by half, and by more than caches and allocators do in a long run
 MAX_MEMORY_GROWTH = 1.5
