@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import Answer  # type: ignore[attr-defined]
 from fault_runs import fault
+from outcomes import records
 from PIL import Image
+from range_server import Fault as SlowAnswer
+from range_server import RangeServer
 from small_shards import samples, write_shard
 from test_faults import CONFIG, Runs, damage, saved_at
 
@@ -96,15 +99,20 @@ def test_a_task_that_its_images_cannot_teach(tmp_path: Path, ask: Ask) -> None:
     assert "by guessing 0.25" in answer.of("dead task")
 
 
-def test_a_loader_that_is_too_slow(runs: Runs, ask: Ask) -> None:
+def test_a_storage_that_is_too_slow_and_refuses_now_and_then(runs: Runs, ask: Ask) -> None:
     settings = ["schedule.steps=30", "batch.accumulation_steps=1", "checkpoint.every_steps=30"]
     settings += ["log.every_steps=3", "data.resident=false", "data.decode_threads=0"]
-    runs.start("run", fault("slow_data", on=0, seconds=0.25), settings=settings).ends(0)
+    with RangeServer(runs.config.parent) as server:
+        server.always = SlowAnswer(bytes_per_second=150_000)
+        started = runs.start("run", settings=[*settings, f"data.shards={server.url}"])
+        started.wait_for(lambda: len(records(runs.folder / "run")) > 2)
+        server.faults.extend([SlowAnswer(status=503)] * 2)
+        started.ends(0)
     answer = ask(runs.folder / "run")
-    assert answer.verdict == "finished, not well: data-bound (step 30 of 30)"
-    assert answer.causes == {"data-bound": "warning"}
+    assert answer.verdict == "finished, not well: data-bound, storage retries (step 30 of 30)"
     assert "decodes in the training process: set 2 or more" in answer.of("data-bound")
-    assert "pretrain shards bench " in answer.of("data-bound")
+    assert f"pretrain shards bench {server.url}" in answer.of("data-bound")
+    assert "2 reads of shards failed" in answer.of("storage retries")
 
 
 def test_a_slow_first_batch_is_nothing(runs: Runs, ask: Ask) -> None:

@@ -57,7 +57,7 @@ def test_a_longer_log_of_the_same_numbers_is_healthy(changed: Callable[..., Path
 
 CASES: dict[str, tuple[Change, str, str]] = {
     "features fall into a point": (
-        lambda progress: {"feature_std": 0.6 * (1 - progress) + 0.03},
+        lambda progress: {"feature_std": 0.6 * (1 - progress) ** 2 + 0.03},
         "collapse",
         "feature_std fell from 0.6",
     ),
