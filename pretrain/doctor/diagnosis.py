@@ -17,6 +17,7 @@ CHECKS: tuple[Check, ...] = (
     ending.check_failure,
     ending.check_hang,
     ending.check_killed,
+    ending.check_preempted,
     restarts.check_restarts,
     features.check_collapse,
     learning.check_diverging,
@@ -39,7 +40,6 @@ CHECKS: tuple[Check, ...] = (
     pace.check_straggler,
     pace.check_slowing,
     pace.check_memory,
-    ending.check_preempted,
     restarts.check_changes,
 )
 

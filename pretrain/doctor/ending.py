@@ -10,11 +10,12 @@ from pretrain.doctor import series
 from pretrain.doctor import thresholds as limit
 from pretrain.doctor.finding import Finding
 from pretrain.doctor.pace import memory_growth
-from pretrain.doctor.remedy import go_on, lower_lr, verify_shards
+from pretrain.doctor.remedy import go_on, lower_lr, resume_command, verify_shards
 from pretrain.doctor.run_files import RunFiles
 from pretrain.doctor.series import told_span
 
 STOPPED = "stopped: "
+_ASKED = re.compile(r": saved at step \d+ of \d+")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class _Failure:
 def _smaller(files: RunFiles) -> str:
     told = [part for part in last_words(files).split("; ") if part.startswith("set ")]
     doubled = f"batch.accumulation_steps={2 * int(files.setting('batch.accumulation_steps', 1))}"
-    return f"{told[-1] if told else f'set {doubled}, or engine.recompute=true'}; then: {go_on(files)}"
+    return f"{told[-1] if told else f'set {doubled}, or engine.recompute=true'}; then {go_on(files)}:"
 
 
 # the first that fits; in the words that the run itself uses
@@ -42,7 +43,7 @@ _FAILURES = (
         r"were not finite|no checkpoint to go back to|in '?\S+ is not finite|is not finite; lower",
         "not finite",
         "Losses or gradients became NaN or infinite, and going back did not help.",
-        lambda files: f"set {lower_lr(files)} or engine.precision=fp32; then: {go_on(files)}",
+        lambda files: f"set {lower_lr(files)} or engine.precision=fp32; then {go_on(files)}:",
     ),
     _Failure(
         r"features of different images have been nearly the same",
@@ -56,19 +57,19 @@ _FAILURES = (
         r"the loss is .* scaled deviations above",
         "loss spike",
         "One loss was far above the others, and guard.loss_spike.action asks to stop or to go back.",
-        lambda files: f"look at its samples in anomalies.jsonl; set {lower_lr(files)}; then: {go_on(files)}",
+        lambda files: f"look at its samples in anomalies.jsonl; set {lower_lr(files)}; then {go_on(files)}:",
     ),
     _Failure(
         r"checkpoints? (in a row )?could not be written|cannot be written \(",
         "checkpoints not written",
         "The run stopped because it could not save its state.",
-        lambda files: f"make room on, or bring back, the disk of {files.run}; then: {go_on(files)}",
+        lambda files: f"make room on, or bring back, the disk of {files.run}; then {go_on(files)}:",
     ),
     _Failure(
         r"are not those of the others",
         "faulty device",
         "The weights of one rank differ from those of all others: its device or memory is likely broken.",
-        lambda files: f"keep the run off that node or device, have it tested; then: {go_on(files)}",
+        lambda files: f"keep the run off that node or device, have it tested; then {go_on(files)}:",
     ),
     _Failure(
         r"another rank has ended or does not answer",
@@ -76,7 +77,7 @@ _FAILURES = (
         "Another rank ended or became unreachable, so the rest could not go on.",
         lambda files: (
             "look for the first message of that rank in the output of the job, and at `dmesg` of its node "
-            f"for 'Out of memory'; then: {go_on(files)}"
+            f"for 'Out of memory'; then {go_on(files)}:"
         ),
     ),
     _Failure(
@@ -105,8 +106,15 @@ _FAILURES = (
 
 def last_words(files: RunFiles) -> str:
     """What follows 'stopped: ' in the last such line of the log."""
-    told = [line for line in files.whole_log if line.startswith(STOPPED)]
-    return told[-1].removeprefix(STOPPED) if told else ""
+    told = [line.removeprefix(STOPPED) for line in files.whole_log if line.startswith(STOPPED)]
+    if not told or (files.state == "failed" and _ASKED.search(told[-1])):
+        return ""  # those are of a start before, that was asked to stop
+    return told[-1]
+
+
+def _error(files: RunFiles, cause: str, what: str, evidence: tuple[str, ...], do: str) -> Finding:
+    """A remedy that ends with a colon ends with the command that goes on with the run."""
+    return Finding("error", cause, what, evidence, do, resume_command(files) if do.endswith(":") else "")
 
 
 def check_failure(files: RunFiles) -> Iterator[Finding]:
@@ -115,27 +123,27 @@ def check_failure(files: RunFiles) -> Iterator[Finding]:
         return
     said = last_words(files)
     if not said:
-        yield Finding(
-            "error",
+        yield _error(
+            files,
             "failed",
             "The run failed and its log does not say why.",
             (f"the last line of train.log: {files.whole_log[-1] if files.whole_log else '(there is none)'}",),
-            f"look at the output of the job; then: {go_on(files)}",
+            f"look at the output of the job; then {go_on(files)}:",
         )
         return
     for failure in _FAILURES:
         if re.search(failure.pattern, said):
-            yield Finding(
-                "error", failure.cause, failure.what, (f"train.log: stopped: {said}",), failure.do(files)
+            yield _error(
+                files, failure.cause, failure.what, (f"train.log: stopped: {said}",), failure.do(files)
             )
             return
     thrown = [line for line in files.whole_log if re.match(r"[A-Za-z_.]+(Error|Exception): ", line)]
-    yield Finding(
-        "error",
+    yield _error(
+        files,
         "failed",
         "The run ended with an error.",
         (f"train.log: stopped: {said}", *(thrown[-1:] if said not in "".join(thrown[-1:]) else ())),
-        f"mend what that line says; then: {go_on(files)}",
+        f"mend what that line says; then {go_on(files)}:",
     )
 
 
@@ -167,23 +175,23 @@ def check_killed(files: RunFiles) -> Iterator[Finding]:
         record = newest.record
         silent = told_span(files.silent_seconds or 0)
         where = f"{record.owner.host} (pid {record.owner.pid})" if record else "its machine"
-        yield Finding(
-            "error",
+        yield _error(
+            files,
             "no sign of life",
             f"The run ran on {where} and has given no sign of life for {silent}.",
             tuple(evidence),
-            f"see on that machine whether it still runs; if not: {go_on(files)}",
+            f"see on that machine whether it still runs; if not, {go_on(files)}:",
         )
         return
     cause = "out of memory" if grown else "killed"
     what = "The process ended without a word: killed by SIGKILL, by the kernel's out-of-memory killer or with"
-    yield Finding(
-        "error",
+    yield _error(
+        files,
         cause,
         f"{what} its machine.",
         tuple(evidence),
         "look at `dmesg -T | grep -i -E 'killed process|out of memory'` on its machine and at what the "
-        f"scheduler has on record of the job; then: {go_on(files)}",
+        f"scheduler has on record of the job; then {go_on(files)}:",
     )
 
 
@@ -192,13 +200,13 @@ def check_hang(files: RunFiles) -> Iterator[Finding]:
     newest = files.newest
     if newest and newest.number in files.hangs and files.state != "running":
         folder = f"health/attempt-{newest.number:04d}"
-        yield Finding(
-            "error",
+        yield _error(
+            files,
             "hang",
             "A rank stood still, and the watchdog ended the run.",
             (files.hangs[newest.number], f"what every rank was doing: {folder}/rank-*.stacks.txt"),
             f"read the stacks of the rank that is named; if it was in 'data', test its storage; else keep "
-            f"the run off its node. If it was only slow, raise the limit that is named. Then: {go_on(files)}",
+            f"the run off its node. If it was only slow, raise the limit that is named. Then {go_on(files)}:",
         )
     if files.state != "running" or files.pause_seconds is None:
         return
@@ -226,5 +234,6 @@ def check_preempted(files: RunFiles) -> Iterator[Finding]:
         "preempted",
         "The run was asked to stop, has saved its state and can go on. That is no fault.",
         tuple(f"train.log: stopped: {last_words(files)}" for _ in [0] if last_words(files)),
-        go_on(files),
+        f"{go_on(files)}:",
+        resume_command(files),
     )

@@ -79,6 +79,10 @@ def _few_directions(files: RunFiles) -> Iterator[str]:
     if ranks and max(ranks) < limit.MIN_EFFECTIVE_RANK:
         now = sum(ranks) / len(ranks)
         yield f"effective_rank {now:.2f} when it was last measured: one direction holds nearly all"
+    for task in series.tasks_of(files):
+        found = series.values(files.records, f"{task}/embedding_std")
+        if found and max(found[-limit.MIN_RECENT :]) < limit.MAX_STD_FALL * max(found):
+            yield f"{task}/embedding_std fell from {max(found):.3g} to {found[-1]:.3g}, into a point"
     same, different = series.mean(recent, "similarity/same"), series.mean(recent, "similarity/different")
     if same is None or different is None:
         return

@@ -16,6 +16,7 @@ class Finding:
     """One thing that is wrong, or worth knowing.
 
     cause: a few words that name it, always the same ones. evidence: numbers and lines of the run's own files.
+    do: the remedy, with the settings to use.
     """
 
     severity: Severity
@@ -23,6 +24,7 @@ class Finding:
     what: str
     evidence: tuple[str, ...] = ()
     do: str = ""
+    command: str = ""  # to be copied whole, after what `do` says
 
 
 def most_severe_first(findings: Iterable[Finding]) -> list[Finding]:

@@ -85,7 +85,8 @@ def check_failures(files: RunFiles) -> Iterator[Finding]:
             f"{allowed} in a row end the run (checkpoint.max_failures)",
         ),
         f"make room on, or bring back, the disk of {files.run}"
-        + ("" if files.state == "running" else f"; then: {go_on(files)}"),
+        + ("" if files.state == "running" else f"; then {go_on(files)}:"),
+        "" if files.state == "running" else resume_command(files),
     )
 
 
@@ -190,7 +191,8 @@ def check_logs(files: RunFiles) -> Iterator[Finding]:
                 "checkpoints gone",
                 "The run has trained, and the folder of its checkpoints is not there.",
                 (f"the last step that is logged is {files.step}",),
-                f"bring its disk or folder back, then: {resume_command(files)}",
+                f"bring its disk or folder back, then {go_on(files)}:",
+                resume_command(files),
             )
     if needed:
         yield Finding(

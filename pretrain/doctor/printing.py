@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import textwrap
 
 from pretrain.doctor.diagnosis import Diagnosis
@@ -27,7 +28,19 @@ def _told(finding: Finding) -> str:
     lines += [_wrapped(line, f"{INDENT}- ", f"{INDENT}  ") for line in finding.evidence]
     if finding.do:
         lines.append(_wrapped(f"do: {finding.do}", INDENT, f"{INDENT}    "))
+    if finding.command:
+        lines.append(_copyable(finding.command))
     return "\n".join(lines)
+
+
+def _copyable(command: str) -> str:
+    """A command over several lines, as a shell takes it: broken between its words only."""
+    lines = [INDENT + "   "]
+    for word in map(shlex.quote, shlex.split(_printable(command))):
+        if len(lines[-1]) + len(word) + 1 > WIDTH - 2:
+            lines.append(INDENT + "     ")
+        lines[-1] += f" {word}"
+    return " \\\n".join(lines)
 
 
 def _wrapped(text: str, first: str = "", rest: str | None = None) -> str:

@@ -26,13 +26,12 @@ def resume_command(files: RunFiles, *settings: str) -> str:
     return f"pretrain {shlex.join([*kept, *settings, '--resume', 'auto'])}"
 
 
-def go_on(files: RunFiles, *settings: str) -> str:
-    """How to continue, by hand or by the scheduler that started it."""
+def go_on(files: RunFiles) -> str:
+    """Who continues: the scheduler that started it, or `resume_command`, which is to follow."""
     record = files.newest.record if files.newest else None
-    command = resume_command(files, *settings)
     if record and record.owner.job:
-        return f"submit the same job again ({record.owner.job}), or: {command}"
-    return command
+        return f"submit the same job again ({record.owner.job}), or"
+    return "continue"
 
 
 def lower_lr(files: RunFiles) -> str:

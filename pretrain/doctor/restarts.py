@@ -24,12 +24,12 @@ def check_restarts(files: RunFiles) -> Iterator[Finding]:
             "no progress",
             f"The last {len(idle)} starts wrote no checkpoint beyond step {saved}: the run goes in circles.",
             (
-                *(f"start {start.number}: {_ended(start)}" for start in idle),
+                *(f"start {start.number}: {_ended(start, files)}" for start in idle),
                 f"guard.max_idle_attempts={most} such starts in a row are allowed (0: any number)",
             ),
             "mend what ends it at the same place each time (the end of train.log, the output of the job), or "
-            "save earlier with a smaller checkpoint.every_steps; then: "
-            + resume_command(files, f"guard.max_idle_attempts={len(idle) + 1}"),
+            "save earlier with a smaller checkpoint.every_steps; then allow it once more:",
+            resume_command(files, f"guard.max_idle_attempts={len(idle) + 1}"),
         )
     goodput = series.last(files.records, "goodput_ratio")
     seconds = _since_first(files)
@@ -48,7 +48,7 @@ def check_restarts(files: RunFiles) -> Iterator[Finding]:
             "restarts",
             f"The run was started {len(files.starts)} times.",
             (
-                *(f"start {start.number}: {_ended(start)}" for start in files.starts[-6:]),
+                *(f"start {start.number}: {_ended(start, files)}" for start in files.starts[-6:]),
                 *_taken_again(files),
             ),
         )
@@ -80,13 +80,14 @@ def _idle_starts(files: RunFiles) -> list[Start]:
     return idle
 
 
-def _ended(start: Start) -> str:
+def _ended(start: Start, files: RunFiles) -> str:
     record = start.record
     if record is None:
         return "its file is damaged"
     began = f"from step {record.began_from.step}" if record.began_from else "over before it began"
     if record.outcome is None:
-        return f"{began}, no outcome (killed, or still running)"
+        lives = start is files.newest and files.state in ("running", "silent")
+        return f"{began}, {files.state if lives else 'killed'}"
     return f"{began}, {record.outcome}" + (f" at step {record.step}" if record.outcome != "failed" else "")
 
 

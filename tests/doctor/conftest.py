@@ -32,7 +32,7 @@ class Answer:
     def of(self, cause: str) -> str:
         """Everything that is said of one cause."""
         [found] = [finding for finding in self.findings if finding["cause"] == cause]
-        return "\n".join([found["what"], *found["evidence"], found["do"]])
+        return "\n".join([found["what"], *found["evidence"], found["do"], found["command"]])
 
 
 @pytest.fixture

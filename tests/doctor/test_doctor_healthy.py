@@ -53,7 +53,7 @@ def test_a_preempted_run_is_no_failure_and_its_command_to_go_on_works(runs: Runs
     assert answer.verdict.startswith("healthy: stopped on request, saved and resumable at step 7 of 12")
     assert (answer.code, answer.causes) == (0, {"preempted": "note"})
     [said] = answer.findings
-    command = said["do"].split()
+    command = said["command"].split()
     assert command[:2] == ["pretrain", "train"]
     done = subprocess.run(
         [sys.executable, "-m", *command], capture_output=True, text=True, timeout=120, check=False
