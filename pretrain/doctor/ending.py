@@ -10,7 +10,7 @@ from pretrain.doctor import series
 from pretrain.doctor import thresholds as limit
 from pretrain.doctor.finding import Finding
 from pretrain.doctor.pace import memory_growth
-from pretrain.doctor.remedy import go_on, lower_lr, resume_command, verify_shards
+from pretrain.doctor.remedy import go_on, lower_lr, lower_lr_setting, resume_command, verify_shards
 from pretrain.doctor.run_files import RunFiles
 from pretrain.doctor.series import told_span
 
@@ -26,6 +26,7 @@ class _Failure:
     cause: str
     what: str
     do: Callable[[RunFiles], str]
+    settings: Callable[[RunFiles], tuple[str, ...]] = lambda files: ()  # of the command that goes on
 
 
 def _smaller(files: RunFiles) -> str:
@@ -37,13 +38,18 @@ def _smaller(files: RunFiles) -> str:
 # the first that fits; in the words that the run itself uses
 _FAILURES = (
     _Failure(
-        r"memory (of \S+ )?ran out", "out of memory", "A rank needed more memory than there was.", _smaller
+        r"memory (of \S+ )?ran out",
+        "out of memory",
+        "A rank needed more memory than there was.",
+        _smaller,
+        lambda files: ("engine.recompute=true",),
     ),
     _Failure(
         r"were not finite|no checkpoint to go back to|in '?\S+ is not finite|is not finite; lower",
         "not finite",
-        "Losses or gradients became NaN or infinite, and going back did not help.",
+        "Losses or gradients were NaN or infinite, step after step.",
         lambda files: f"set {lower_lr(files)} or engine.precision=fp32; then {go_on(files)}:",
+        lower_lr_setting,
     ),
     _Failure(
         r"features of different images have been nearly the same",
@@ -58,6 +64,7 @@ _FAILURES = (
         "loss spike",
         "One loss was far above the others, and guard.loss_spike.action asks to stop or to go back.",
         lambda files: f"look at its samples in anomalies.jsonl; set {lower_lr(files)}; then {go_on(files)}:",
+        lower_lr_setting,
     ),
     _Failure(
         r"checkpoints? (in a row )?could not be written|cannot be written \(",
@@ -85,7 +92,7 @@ _FAILURES = (
         "bad shards",
         "The data has more bad samples than data.max_bad_ratio allows, or is not what was indexed.",
         lambda files: (
-            f"find them: {verify_shards(files)}; mend: {verify_shards(files, repair=True)}; or raise "
+            f"find with `{verify_shards(files)}`, mend with `{verify_shards(files, repair=True)}`, or raise "
             "data.max_bad_ratio"
         ),
     ),
@@ -112,9 +119,12 @@ def last_words(files: RunFiles) -> str:
     return told[-1]
 
 
-def _error(files: RunFiles, cause: str, what: str, evidence: tuple[str, ...], do: str) -> Finding:
+def _error(
+    files: RunFiles, cause: str, what: str, evidence: tuple[str, ...], do: str, *settings: str
+) -> Finding:
     """A remedy that ends with a colon ends with the command that goes on with the run."""
-    return Finding("error", cause, what, evidence, do, resume_command(files) if do.endswith(":") else "")
+    command = resume_command(files, *settings) if do.endswith(":") else ""
+    return Finding("error", cause, what, evidence, do, command)
 
 
 def check_failure(files: RunFiles) -> Iterator[Finding]:
@@ -134,7 +144,12 @@ def check_failure(files: RunFiles) -> Iterator[Finding]:
     for failure in _FAILURES:
         if re.search(failure.pattern, said):
             yield _error(
-                files, failure.cause, failure.what, (f"train.log: stopped: {said}",), failure.do(files)
+                files,
+                failure.cause,
+                failure.what,
+                (f"train.log: stopped: {said}",),
+                failure.do(files),
+                *failure.settings(files),
             )
             return
     thrown = [line for line in files.whole_log if re.match(r"[A-Za-z_.]+(Error|Exception): ", line)]

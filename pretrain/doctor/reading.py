@@ -85,12 +85,11 @@ def check_bad_samples(files: RunFiles) -> Iterator[Finding]:
     told = "were" if len(entries) > 1 else "was"
     what = f"{len(entries)} sample{'s' * (len(entries) > 1)} could not be used and {told} replaced by others."
     if num_changed:
-        what += (
-            f" Of {num_changed} the bytes are not those that were indexed: the storage or a copy is at fault."
-        )
-        do = f"copy the shards named again from their source, then {verify_shards(files)}"
+        of_which = "Their" if num_changed == len(entries) else f"Of {num_changed} the"
+        what += f" {of_which} bytes are not those that were indexed: a disk or a copy is at fault."
+        do = f"copy the shards named again from their source, then `{verify_shards(files)}`"
     else:
-        do = f"mend with {verify_shards(files, repair=True)}, or leave them out"
+        do = f"mend with `{verify_shards(files, repair=True)}`, or leave them out"
     yield Finding("warning" if many or num_changed else "note", "bad shards", what, tuple(evidence), do)
 
 

@@ -35,11 +35,17 @@ def go_on(files: RunFiles) -> str:
 
 
 def lower_lr(files: RunFiles) -> str:
-    """A learning rate to try after one that was too high."""
-    now = files.setting("optim.base_lr")
-    if not isinstance(now, (int, float)):
+    """A learning rate to try after one that was too high, beside the one it replaces."""
+    lower = lower_lr_setting(files)
+    if not lower:
         return "a lower optim.base_lr"
-    return f"optim.base_lr={now / 10:.3g} (now {now:.3g})"
+    return f"{lower[0]} (now {files.setting('optim.base_lr'):.3g})"
+
+
+def lower_lr_setting(files: RunFiles) -> tuple[str, ...]:
+    """The same as a setting of the command; a resume allows it to change."""
+    now = files.setting("optim.base_lr")
+    return (f"optim.base_lr={now / 10:.3g}",) if isinstance(now, (int, float)) else ()
 
 
 def shard_folders(files: RunFiles) -> list[str]:

@@ -33,6 +33,7 @@ def test_a_run_that_stays_not_finite(runs: Runs, ask: Ask) -> None:
     assert answer.causes["not finite"] == "error"
     assert "went back to a checkpoint 2 of 2 times" in answer.of("not finite")
     assert "optim.base_lr=0.002 (now 0.02)" in answer.of("not finite")
+    assert "optim.base_lr=0.002 --resume auto" in answer.findings[0]["command"]
 
 
 def test_one_step_that_was_not_finite_is_a_note(runs: Runs, ask: Ask) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -161,3 +162,14 @@ def test_what_is_no_run_folder_is_told_in_one_line(
     assert cli.main(["doctor", str(path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"pretrain: {path}: {told}")
+
+
+def test_the_page_on_troubleshooting_names_findings_as_they_are_named() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "troubleshooting.md").read_text()
+    table = page.partition("## By symptom")[2].partition("## Is my loss")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")][1:]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    source = "".join(path.read_text() for path in (root / "pretrain" / "doctor").glob("*.py"))
+    assert len(named) > 25
+    assert sorted(name for name in named if f'"{name}"' not in source) == []
