@@ -12,7 +12,7 @@ SAMPLE := data_shards/sample
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-cluster test-cluster-slow chaos gpu-check bench bench-overhead bench-engine \
 	bench-checkpoint bench-data bench-metrics bench-export bench-evaluate protocol check format shards pretrain export evaluate report \
-	clean
+	doctor plan pages clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -50,6 +50,17 @@ evaluate: $(READY) ## k-NN and linear accuracy of RUN (runs/demo); TRAIN and TES
 
 report: $(READY) ## one HTML file of RUN (runs/demo); ARGS="--train DIR --eval DIR" adds what needs labels
 	$(BIN)/pretrain report $(or $(RUN),runs/demo) $(ARGS)
+
+doctor: $(READY) ## what is wrong with RUN (runs/demo), live or dead, and what to do
+	$(BIN)/pretrain doctor $(or $(RUN),runs/demo) $(ARGS)
+
+plan: $(READY) ## memory, time, data rate and scaling of CONFIG=configs/x.yaml on NODES (8) of GPUS (8), as predicted
+	$(BIN)/pretrain plan $(or $(CONFIG),configs/imagenet_vitb16_multitask.yaml) --nodes $(or $(NODES),8) \
+		--gpus-per-node $(or $(GPUS),8) $(ARGS)
+
+pages: $(READY) ## what is written from code: dashboards, the table of metrics, the reference
+	$(BIN)/python -m pretrain.metrics.dashboards
+	$(BIN)/python docs/make_reference.py
 
 test: $(READY) ## lint, types and all tests that take less than half a minute each
 	$(MAKE) --no-print-directory check
