@@ -52,7 +52,7 @@ batch: {global_size: 16}
 engine: {kind: deepspeed, precision: fp32}
 checkpoint: {every_steps: 25, keep_last: 2}
 online_knn: {every_steps: 10, num_train: 60, num_test: 30, k: 5}
-log: {every_steps: 5, health_every_steps: 5}
+log: {every_steps: 5, health_every_steps: 5, gradients: {every_steps: 20}}
 export: {at_end: false}
 """
 

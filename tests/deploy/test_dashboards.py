@@ -171,9 +171,9 @@ def lost(ours: Any, theirs: Any, where: str = "") -> set[str]:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda d: d["panels"][1].update(type=7),
+        lambda d: d["panels"][1].update(targets=5),
         lambda d: d["panels"][1].update(gridPos="wide"),
-        lambda d: d["panels"][1]["fieldConfig"].update(defaults=[1]),
+        lambda d: d["panels"][1]["fieldConfig"]["defaults"].update(thresholds=3),
         lambda d: d["templating"].update(list=3),
         lambda d: d.update(panels=[1]),
     ],
