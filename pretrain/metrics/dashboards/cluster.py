@@ -120,7 +120,7 @@ COMPUTE = Row(
             "FLOPs of the model",
             "flops",
             [names.MODEL_FLOPS, names.PEAK_FLOPS],
-            Query(recorded("run:pretrain_model_flops:rate5m"), "model"),
+            Query(f"sum({rate(names.MODEL_FLOPS)})", "model"),
             Query(select(names.PEAK_FLOPS), "peak ({{source}})"),
             low=0,
         ),

@@ -123,6 +123,7 @@ DAMAGE = Row(
             Query(gained(names.CACHE_READS, WHOLE_RANGE, by="result"), "{{result}}"),
             note="Over all that is shown.",
             kind="stat",
+            decimals=0,
         ),
         draw(
             "Memory of the loaders",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pretrain.metrics.dashboards.panels import OF_RUN, Dashboard, Panel
@@ -55,16 +56,25 @@ def _placed(dashboard: Dashboard) -> list[dict[str, Any]]:
                 "panels": [],
             }
         )
-        x, y, height = 0, y + 1, 0
-        for panel in row.panels:
-            if x + panel.width > COLUMNS:
-                x, y, height = 0, y + height, 0
-            tall = HEIGHTS[panel.kind]
-            place = {"x": x, "y": y, "w": panel.width, "h": tall}
-            placed.append(_panel(panel, len(placed) + 1, place))
-            x, height = x + panel.width, max(height, tall)
-        y += height
+        y += 1
+        for line in _lines(row.panels):
+            x, height = 0, max(HEIGHTS[panel.kind] for panel in line)
+            for panel in line:
+                place = {"x": x, "y": y, "w": panel.width, "h": height}
+                placed.append(_panel(panel, len(placed) + 1, place))
+                x += panel.width
+            y += height
     return placed
+
+
+def _lines(panels: Sequence[Panel]) -> list[list[Panel]]:
+    """Panels that stand beside each other."""
+    lines: list[list[Panel]] = [[]]
+    for panel in panels:
+        if sum(other.width for other in lines[-1]) + panel.width > COLUMNS:
+            lines.append([])
+        lines[-1].append(panel)
+    return lines
 
 
 def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
@@ -89,7 +99,7 @@ def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
             for index, query in enumerate(panel.queries)
         ],
         "fieldConfig": {"defaults": _defaults(panel), "overrides": []},
-        "options": _OPTIONS[panel.kind],
+        "options": _OPTIONS[panel.kind] | ({"textMode": "name"} if panel.shows_name else {}),
     }
 
 

@@ -15,6 +15,8 @@ from pretrain.metrics.dashboards.panels import (
     show,
 )
 
+STEPS_OF_RANK = f"({rate(names.STEP_SECONDS, suffix='_count')} > 0)"
+
 COLLAPSE = Row(
     "Signs of a collapse",
     (
@@ -62,9 +64,9 @@ PASSES = Row(
         draw(
             "Encoder passes of a step",
             "short",
-            [names.BACKBONE_CALLS, names.STEPS],
+            [names.BACKBONE_CALLS, names.STEP_SECONDS],
             Query(
-                f"{rate(names.BACKBONE_CALLS)} / on (run) group_left () ({rate(names.STEPS)} > 0)",
+                f"{rate(names.BACKBONE_CALLS)} / {STEPS_OF_RANK}",
                 RANK_LEGEND,
             ),
             note="What the config's views need and no more; accumulation multiplies it.",
@@ -74,9 +76,9 @@ PASSES = Row(
         draw(
             "Teacher passes of a step",
             "short",
-            [names.TEACHER_CALLS, names.STEPS],
+            [names.TEACHER_CALLS, names.STEP_SECONDS],
             Query(
-                f"{rate(names.TEACHER_CALLS)} / on (run) group_left () ({rate(names.STEPS)} > 0)",
+                f"{rate(names.TEACHER_CALLS)} / {STEPS_OF_RANK}",
                 RANK_LEGEND,
             ),
             width=12,

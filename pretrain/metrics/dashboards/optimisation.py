@@ -88,6 +88,7 @@ TROUBLE = Row(
             Query(gained(names.NONFINITE_STEPS, WHOLE_RANGE), "skipped"),
             note="Over all that is shown.",
             kind="stat",
+            decimals=0,
             limits=((1, YELLOW), (10, RED)),
         ),
         draw(
@@ -97,6 +98,7 @@ TROUBLE = Row(
             Query(gained(names.ANOMALIES, WHOLE_RANGE, by="kind"), "{{kind}}"),
             note="Over all that is shown.",
             kind="stat",
+            decimals=0,
             limits=((1, YELLOW), (10, RED)),
         ),
         draw(
@@ -106,6 +108,7 @@ TROUBLE = Row(
             Query(gained(names.ROLLBACKS, WHOLE_RANGE), "returns"),
             note="Over all that is shown.",
             kind="stat",
+            decimals=0,
             limits=((1, YELLOW), (2, RED)),
         ),
     ),

@@ -13,10 +13,13 @@ from pretrain.metrics.dashboards.panels import (
     draw,
     mean_seconds,
     quantile,
+    rate,
     recorded,
     select,
     show,
 )
+
+UTILISATION = f"sum({rate(names.MODEL_FLOPS)}) / max({select(names.PEAK_FLOPS)} > 0)"
 
 NOW = Row(
     "Now",
@@ -26,6 +29,7 @@ NOW = Row(
             "none",
             [names.RUN_INFO],
             Query(select(names.RUN_INFO), "{{name}}: {{model}}, {{tasks}} (pretrain {{version}})"),
+            shows_name=True,
             kind="stat",
             width=6,
         ),
@@ -43,7 +47,7 @@ NOW = Row(
         draw(
             "Time left",
             "s",
-            [names.STEPS, names.PLANNED_STEPS],
+            [names.STEP, names.PLANNED_STEPS, names.STEP_SECONDS, names.SECTION_SECONDS],
             Query(recorded("run:pretrain_time_left:seconds"), "time left"),
             note="At the pace of the last 15 minutes, what lies between steps included.",
             kind="stat",
@@ -105,7 +109,7 @@ SPEED = Row(
             PER_SECOND,
             [names.IMAGES_PER_SECOND, names.IMAGES],
             Query(select(names.IMAGES_PER_SECOND), "since the last log line"),
-            Query(recorded("run:pretrain_images:rate5m"), "mean over 5 min"),
+            Query(f"sum({rate(names.IMAGES)})", "what lies between steps included"),
             low=0,
         ),
         draw(
@@ -121,7 +125,7 @@ SPEED = Row(
             "percentunit",
             [names.MFU, names.MODEL_FLOPS, names.PEAK_FLOPS],
             Query(select(names.MFU), "since the last log line"),
-            Query(recorded("run:pretrain_mfu:ratio5m"), "mean over 5 min"),
+            Query(UTILISATION, "what lies between steps included"),
             low=0,
         ),
         draw(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pretrain.metrics.names import Metric, Unit
 
@@ -19,7 +19,7 @@ GRAFANA_UNITS: dict[Unit, str] = {
     "per_second": "suffix: /s",
     "flops": "flops",
     "nats": "suffix: nats",
-    "timestamp": "dateTimeAsIso",
+    "timestamp": "dateTimeFromNow",
     "number": "none",
 }
 PER_SECOND = "suffix: /s"  # of counts, as a rate
@@ -60,6 +60,7 @@ class Panel:
     high: float | None = None
     is_stacked: bool = False
     decimals: int | None = None
+    shows_name: bool = False  # of the series, in place of the number
 
 
 @dataclass(frozen=True)
@@ -119,54 +120,21 @@ def legend_of(metric: Metric) -> str:
     return " ".join([*(f"{{{{{label}}}}}" for label in metric.labels), *own])
 
 
-def show(
-    metric: Metric,
-    title: str,
-    *,
-    kind: Kind = "timeseries",
-    width: int = 8,
-    limits: tuple[tuple[float, str], ...] = (),
-    base: str = GREEN,
-    low: float | None = None,
-    high: float | None = None,
-    legend: str | None = None,
-) -> Panel:
-    """The panel of one gauge as it is."""
+def show(metric: Metric, title: str, *, legend: str | None = None, **look: Any) -> Panel:
+    """The panel of one gauge as it is. look: fields of Panel."""
     expr = select(metric)
     if metric.unit == "timestamp":
         expr += " * 1000"
-    return Panel(
-        title,
-        (Query(expr, legend_of(metric) if legend is None else legend),),
-        GRAFANA_UNITS[metric.unit],
-        told(metric),
-        kind,
-        width,
-        limits,
-        base,
-        low,
-        high,
-    )
+    query = Query(expr, legend_of(metric) if legend is None else legend)
+    return Panel(title, (query,), GRAFANA_UNITS[metric.unit], told(metric), **look)
 
 
 def draw(
-    title: str,
-    unit: str,
-    metrics: Sequence[Metric],
-    *queries: Query,
-    note: str = "",
-    kind: Kind = "timeseries",
-    width: int = 8,
-    limits: tuple[tuple[float, str], ...] = (),
-    base: str = GREEN,
-    low: float | None = None,
-    high: float | None = None,
-    is_stacked: bool = False,
-    decimals: int | None = None,
+    title: str, unit: str, metrics: Sequence[Metric], *queries: Query, note: str = "", **look: Any
 ) -> Panel:
     """The panel of expressions over some metrics. note: what the description says before them."""
     help_text = "\n\n".join([*([note] if note else []), told(*metrics)])
-    return Panel(title, queries, unit, help_text, kind, width, limits, base, low, high, is_stacked, decimals)
+    return Panel(title, queries, unit, help_text, **look)
 
 
 def told(*metrics: Metric) -> str:
