@@ -1,6 +1,6 @@
 """Draws every dashboard from a real run under a real Prometheus, for the docs.
 
-    python tests/deploy/draw_dashboards.py --out docs/pictures/monitoring
+    PYTHONPATH=tests python tests/deploy/draw_dashboards.py --out docs/pictures/monitoring
 
 Each panel shows what its own queries give, at its own place; Grafana itself is not needed. Needs Debian's
 packages of Prometheus, its Alertmanager and node exporter, Chromium, playwright and data_shards/sample.
@@ -22,7 +22,9 @@ from typing import Any
 
 from monitored_run import CONFIG, PACKAGES, ROOT, Prometheus, missing_programs, monitored, substituted
 from panel_drawing import STYLE, Drawn, drawn_panel
+from PIL import Image
 
+from pretrain.data.indexing import index_folder
 from pretrain.metrics.dashboards import DASHBOARDS
 from pretrain.metrics.dashboards.grafana import to_dict
 from pretrain.metrics.dashboards.panels import Dashboard, Panel
@@ -60,6 +62,7 @@ def damaged_copy(out: Path) -> Path:
         for image in images[:: len(images) // NUM_DAMAGED][:NUM_DAMAGED]:
             file.seek(image.offset_data)
             file.write(b"\0" * image.size)
+    index_folder(out)  # the cache takes no shard that is not what its index says
     return out
 
 
@@ -105,17 +108,19 @@ def found(panel: Panel, prometheus: Prometheus, seconds: float) -> list[Drawn]:
     return sorted(drawn, key=lambda one: one.name) if len(panel.queries) == 1 else drawn
 
 
-def screenshot(html: Path, image: Path, height: int) -> None:
+def screenshot(html: Path, image: Path) -> None:
     from playwright.sync_api import sync_playwright
 
     program = next(path for name in ("chromium", "google-chrome") if (path := shutil.which(name)))
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's own rule for root
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=arguments)
-        view = browser.new_page(viewport={"width": WIDTH + 32, "height": height})
+        view = browser.new_page(viewport={"width": WIDTH + 32, "height": 400})
         view.goto(html.as_uri())
         view.screenshot(path=str(image), full_page=True)
         browser.close()
+    with Image.open(image) as picture:  # few colours are in use: a third of the bytes
+        picture.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE).save(image, optimize=True)
 
 
 def main() -> int:
@@ -139,12 +144,12 @@ def main() -> int:
         with monitored(folder, config, overrides, RUN, interval="2s") as watched:
             watched.wait_for("pretrain_step > 1", 300.0)
             began = time.time()
-            watched.wait_for(f"time() > {began + arguments.seconds:.0f}", arguments.seconds + 60)
+            watched.wait_for(f"vector(time()) > {began + arguments.seconds:.0f}", arguments.seconds + 60)
             told: dict[str, Any] = {"drawn": datetime.now().isoformat(timespec="seconds")}
             for dashboard in DASHBOARDS:
                 html = folder / f"{dashboard.slug}.html"
                 html.write_text(page(dashboard, watched.prometheus, time.time() - began))
-                screenshot(html, arguments.out / f"{dashboard.slug}.png", 900)
+                screenshot(html, arguments.out / f"{dashboard.slug}.png")
                 told[dashboard.slug] = (arguments.out / f"{dashboard.slug}.png").stat().st_size
             sys.stdout.write(json.dumps(told) + "\n")
     return 0

@@ -18,7 +18,8 @@ PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 BINARY = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
 TIMES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 LEGEND_PX = 17
-MOST_NAMED = 8
+MOST_NAMED = 13
+LINES = (*SERIES_LIGHT, "#b3123f", "#5f7f00", "#00767a", "#a06a50", "#31408f")
 
 STYLE = """
 body { margin: 14px; width: 1400px; background: #f4f5f5; color: #24292e; 
@@ -65,8 +66,8 @@ def shown(value: float, unit: str) -> str:
         return "NaN"
     if unit == "percentunit":
         return f"{_short(100 * value)} %"
-    if unit == "dateTimeAsIso":
-        return time.strftime("%H:%M:%S", time.localtime(value / 1000))
+    if unit == "dateTimeFromNow":
+        return f"{_scaled(time.time() - value / 1000, TIMES, 's')} ago"
     if unit == "s":
         return _scaled(value, TIMES, "s")
     if unit == "bytes":
@@ -112,9 +113,12 @@ def _color(panel: Panel, value: float) -> str:
 
 
 def _stats(panel: Panel, series: Sequence[Drawn], width: float) -> Markup:
-    if panel.title == "Run":
+    if panel.shows_name:
         return tag("div", tag("span", series[0].name), class_="stats")
-    texts = [shown(one.last, panel.unit) for one in series]
+    texts = [
+        f"{one.last:.{panel.decimals}f}" if panel.decimals is not None else shown(one.last, panel.unit)
+        for one in series
+    ]
     size = min(30.0, 1.5 * width / len(series) / max(map(len, texts)))
     parts = []
     for one, text in zip(series, texts, strict=True):
@@ -125,13 +129,13 @@ def _stats(panel: Panel, series: Sequence[Drawn], width: float) -> Markup:
 
 
 def _lines(panel: Panel, series: Sequence[Drawn], width: float, height: float) -> Markup:
-    rows = 2 if sum(len(one.name) + 14 for one in series[:MOST_NAMED]) * 6.4 > width else 1
-    rows += sum(len(one.name) + 14 for one in series[:MOST_NAMED]) * 6.4 > 2 * width
-    height -= rows * LEGEND_PX
+    letters = sum(len(one.name) + 14 for one in series[:MOST_NAMED])
+    height -= math.ceil(letters * 6.4 / width) * LEGEND_PX
     stacked = _stacked(series) if panel.is_stacked else list(series)
     values = [value for one in stacked for _, value in one.points if math.isfinite(value)]
     low, high = _range(panel, values)
-    ticks = nice_ticks(low, high, 4)
+    size = _binary_size(high) if panel.unit in ("bytes", "Bps") else 1.0
+    ticks = [size * tick for tick in nice_ticks(low / size, high / size, 4)]
     labels = [shown(tick, panel.unit) for tick in ticks]
     across, up = _axes(stacked, low, high, 8 + 6.3 * max(map(len, labels)), width, height)
     parts = _grid(across, up, ticks, labels)
@@ -142,7 +146,7 @@ def _lines(panel: Panel, series: Sequence[Drawn], width: float, height: float) -
                              stroke_dasharray="4 4", stroke_opacity=0.6))  # fmt: skip
     lower = [(at, 0.0) for at, _ in stacked[0].points]
     for place, one in enumerate(stacked):
-        color = SERIES_LIGHT[place % len(SERIES_LIGHT)]
+        color = LINES[place % len(LINES)]
         if panel.is_stacked:
             edge = [*one.points, *reversed(lower)]
             path = "M" + "L".join(f"{across(at):.1f} {up(value):.1f}" for at, value in edge) + "Z"
@@ -178,6 +182,10 @@ def _range(panel: Panel, values: Sequence[float]) -> tuple[float, float]:
     return low, high + (0.0 if panel.high is not None else 0.05 * (high - low))
 
 
+def _binary_size(value: float) -> float:
+    return next((size for size, _ in BINARY if value >= size), 1.0)
+
+
 def _axes(
     series: Sequence[Drawn], low: float, high: float, left: float, width: float, height: float
 ) -> tuple[Axis, Axis]:
@@ -192,7 +200,11 @@ def _grid(across: Axis, up: Axis, ticks: Sequence[float], labels: Sequence[str])
         y = up(tick)
         parts.append(tag("line", x1=across.begin, x2=across.end, y1=y, y2=y, stroke="#e8eaec"))
         parts.append(tag("text", label, x=across.begin - 5, y=y + 4, text_anchor="end"))
-    every = next(step for step in (15, 30, 60, 120, 300, 900, 3600) if (across.high - across.low) / step <= 6)
+    every = next(
+        step
+        for step in (15, 30, 60, 120, 300, 900, 3600)
+        if (across.high - across.low) / step <= (across.end - across.begin) / 75
+    )
     at = math.ceil(across.low / every) * every
     while at <= across.high:
         x, label = across(at), time.strftime("%H:%M:%S" if every < 60 else "%H:%M", time.localtime(at))
@@ -206,7 +218,7 @@ def _grid(across: Axis, up: Axis, ticks: Sequence[float], labels: Sequence[str])
 def _legend(panel: Panel, series: Sequence[Drawn]) -> Markup:
     entries = []
     for place, one in enumerate(series[:MOST_NAMED]):
-        line = tag("i", style=f"background:{SERIES_LIGHT[place % len(SERIES_LIGHT)]}")
+        line = tag("i", style=f"background:{LINES[place % len(LINES)]}")
         entries.append(tag("span", line, one.name, tag("b", shown(one.last, panel.unit))))
     if len(series) > MOST_NAMED:
         entries.append(tag("span", f"and {len(series) - MOST_NAMED} more"))

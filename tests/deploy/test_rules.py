@@ -94,5 +94,11 @@ def test_a_rule_that_is_read_is_recorded() -> None:
     assert read <= recorded
 
 
+def test_a_rule_that_is_recorded_is_read() -> None:
+    shown = " ".join(path.read_text() for path in (DEPLOY / "grafana" / "dashboards").glob("*.json"))
+    read = shown + " ".join(rule["expr"] for rule in RULES)
+    assert [rule["record"] for rule in RULES if "record" in rule and rule["record"] not in read] == []
+
+
 def test_docs_have_no_section_on_an_alert_that_is_gone() -> None:
     assert set(re.findall(r"^### (Pretrain\w+)$", DOCS, re.M)) == {rule["alert"] for rule in ALERTS}
