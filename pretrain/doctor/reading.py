@@ -21,7 +21,9 @@ def check_data_bound(files: RunFiles) -> Iterator[Finding]:
     if series.seconds_in(recent) < limit.MIN_TIMED_SECONDS:
         return
     waits, steps = series.mean(recent, "data_wait_seconds"), series.mean(recent, "step_seconds")
-    if waits is None or not steps or waits / steps <= limit.MAX_DATA_WAIT_RATIO:
+    does_it_itself = files.setting("data.resident") or files.setting("data.decode_threads", 2) == 0
+    most = limit.MAX_DATA_WORK_RATIO if does_it_itself else limit.MAX_DATA_WAIT_RATIO
+    if waits is None or not steps or waits / steps <= most:
         return
     rate = series.mean(recent, "images_per_second") or 0.0
     evidence = [

@@ -16,6 +16,8 @@ MIN_TIMED_SECONDS = 3.0
 
 # waiting for data: 5 % is the aim for a run on GPUs; a fifth is worth an hour of somebody's time
 MAX_DATA_WAIT_RATIO = 0.2
+# where the training process decodes and cuts by itself, that time is work, of which a small model has much
+MAX_DATA_WORK_RATIO = 0.5
 # a storage that is asked again once in a hundred steps costs nothing; more often it is failing
 MAX_RETRIES_PER_STEP = 0.01
 # of the budget of bad samples: with half of it used up, the run is likely to end before its last epoch

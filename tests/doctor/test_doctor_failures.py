@@ -117,8 +117,8 @@ def test_a_storage_that_is_too_slow_and_refuses_now_and_then(runs: Runs, ask: As
 
 
 def test_a_slow_first_batch_is_nothing(runs: Runs, ask: Ask) -> None:
-    slow = fault("slow_data", on=0, seconds=4.0, steps=[0])
-    runs.start("run", slow, settings=["schedule.steps=40", "checkpoint.every_steps=40"]).ends(0)
+    slow = fault("slow_data", on=0, seconds=2.0, steps=[0])
+    runs.start("run", slow, settings=["schedule.steps=25", "checkpoint.every_steps=25"]).ends(0)
     assert ask(runs.folder / "run").findings == []
 
 
@@ -241,7 +241,7 @@ def test_a_rank_that_hangs(runs: Runs, ask: Ask) -> None:
 
 @pytest.mark.distributed
 def test_a_rank_that_is_slow(runs: Runs, ask: Ask) -> None:
-    settings = ["guard.straggler={below: 0.6, window: 4}", "schedule.steps=24", "checkpoint.every_steps=24"]
+    settings = ["guard.straggler={below: 0.6, window: 4}", "checkpoint.every_steps=12"]
     runs.start("run", fault("slow_data", on=1, seconds=0.2), ranks=2, settings=settings).ends(0)
     answer = ask(runs.folder / "run")
     assert answer.causes["straggler"] == "warning"

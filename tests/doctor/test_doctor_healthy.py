@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import Answer  # type: ignore[attr-defined]
 from fault_runs import fault
+from fault_runs import start as start_ranks
 from outcomes import records
 from test_faults import Runs
 
@@ -56,11 +57,8 @@ def test_a_preempted_run_is_no_failure_and_its_command_to_go_on_works(runs: Runs
     [said] = answer.findings
     command = said["command"].split()
     assert command[:2] == ["pretrain", "train"]
-    done = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed from" in done.stdout
+    started = start_ranks(command[1:], runs.folder).ends(0)
+    assert "resumed from" in started.output()
     again = ask(run)
     assert again.verdict.startswith("healthy: finished, step 12 of 12")
     assert again.causes == {"restarts": "note"}

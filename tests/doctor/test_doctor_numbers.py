@@ -32,6 +32,7 @@ def changed(whole: Path, tmp_path: Path) -> Callable[..., Path]:
         factor = steps // lines[-1]["step"]
         for line in lines:
             line["step"] = 1 if line["step"] == 1 else line["step"] * factor
+            line |= {"step_seconds": 0.1, "data_wait_seconds": 0.01, "goodput_ratio": 0.9}
             line |= change(line["step"] / steps)
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         config = yaml.safe_load((run / "config.yaml").read_text())
@@ -106,6 +107,11 @@ CASES: dict[str, tuple[Change, str, str]] = {
         lambda progress: {"step_seconds": 0.1 + progress},
         "getting slower",
         "as long as at first",
+    ),
+    "a loader that cannot keep up": (
+        lambda progress: {"step_seconds": 0.1, "data_wait_seconds": 0.06, "images_per_second": 240.0},
+        "data-bound",
+        "240 images/s; without waiting about 600",
     ),
     "a storage that fails": (
         lambda progress: {"storage_retries": 500 * progress},
