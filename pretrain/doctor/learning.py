@@ -134,7 +134,9 @@ def _at_chance(files: RunFiles, task: str) -> str | None:
     if name is None or task in WITH_TEACHER or first is None or now is None:
         return None
     value, chance = series.mean(recent, f"{task}/{name}"), series.mean(recent, f"{task}/chance")
-    if value is None or chance is None or now < limit.FLAT_LOSS_RATIO * first:
+    # fresh weights are worse than guessing, which is unlearned at once
+    begin = min(first, series.median(series.early(files), f"loss/{task}") or first)
+    if value is None or chance is None or now < limit.FLAT_LOSS_RATIO * begin:
         return None
     if name in LOWER_IS_BETTER:
         dead = value >= chance
