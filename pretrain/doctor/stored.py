@@ -12,11 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pretrain import attempts
 
 FOLDER = "checkpoints"
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
+CONFIG = "config.yaml"
+TEACHER = "weights/teacher.safetensors"
+PARTS = ("weights/student.safetensors", TEACHER, "engine/optimizer.safetensors", STATE, CONFIG)
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the format allows no more
 
 _NAME = re.compile(r"step-([0-9]+)(?:\.([2-9]|[1-9][0-9]+))?")
@@ -103,11 +108,24 @@ def _problems(folder: Path, step: int, attempt: int, hashes: bool) -> list[str]:
                 problems.append(f"{name} is damaged (sha256 differs)")
         except OSError as error:
             problems.append(f"{name} cannot be read ({error.strerror})")
+    for name in PARTS:
+        if name not in files and (name != TEACHER or (folder / name).exists()):
+            problems.append(f"{name} is not listed")
+    if not problems and TEACHER not in files and _has_teacher(folder):
+        problems.append(f"{TEACHER} is missing, and its run has a teacher")
     if held[0] != step:
         problems.append(f"holds step {held[0]}")
     if held[1] != attempt:
         problems.append(f"was written by attempt {held[1]}")
     return problems
+
+
+def _has_teacher(folder: Path) -> bool:
+    try:
+        settings = yaml.safe_load((folder / CONFIG).read_bytes())
+    except (OSError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and settings.get("teacher") is not None
 
 
 def _has_its_length(path: Path) -> bool:
