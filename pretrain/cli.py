@@ -26,6 +26,7 @@ from pretrain.errors import (
 )
 from pretrain.evaluate import arguments as evaluate_arguments
 from pretrain.export import arguments as export_arguments
+from pretrain.plan import arguments as plan_arguments
 from pretrain.report import arguments as report_arguments
 from pretrain.transfer.detection import arguments as detection_arguments
 from pretrain.transfer.segmentation import arguments as segmentation_arguments
@@ -76,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_arguments(check)
     check.add_argument("--nproc", type=_positive, metavar="N", help="ranks on this machine")
 
+    plan_arguments.add_arguments(
+        commands.add_parser("plan", help="predict memory, time and cost of a run on GPUs", epilog=EXIT_CODES)
+    )
     _add_sweep(commands)
     listing = commands.add_parser("list", help="list the methods, tasks and backbones there are")
     listing.add_argument("what", nargs="?", choices=("methods", "tasks", "backbones"), metavar="WHAT")
@@ -336,6 +340,13 @@ def _check(arguments: argparse.Namespace) -> int:
     return EXIT_USER_ERROR if num_errors else EXIT_DONE
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from pretrain.plan.command import run
+
+    run(arguments, _say)
+    return EXIT_DONE
+
+
 def _sweep(arguments: argparse.Namespace) -> int:
     from pretrain.sweep import execute
     from pretrain.sweep.processes import Processes
@@ -490,6 +501,7 @@ _SHARDS = {"build": _build, "index": _index, "verify": _verify, "bench": _bench}
 _COMMANDS = {
     "train": _train,
     "check": _check,
+    "plan": _plan,
     "sweep": _sweep,
     "list": _list,
     "shards": _shards,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pretrain.plan import recipe
@@ -22,6 +22,9 @@ class Encoder:
     dim: int  # of its final tokens
     levels: tuple[Level, ...]
     cost: Cost  # its parameters; FLOPs and what is kept of all views that the student encodes, of one image
+    blocks: Cost  # of these, what is done inside the blocks, which recomputing drops
+    block_inputs: float  # elements of one image that stand between blocks, which recomputing keeps
+    largest: Cost  # of one image: the block that keeps most, of the views of one call
     # size of a view in px -> FLOPs forward of such a view with nothing hidden: what a teacher does
     whole: Mapping[int, float]
     is_counted: bool = False  # on the module itself
@@ -45,7 +48,7 @@ def _vit(settings: Settings, size: VitSize) -> Encoder:
     parameters = _parameters(settings, size)
     activity = total(
         [*(scaled(cost, size.depth) for cost in blocks), *(scaled(cost) for cost in stems)]
-        + [scaled(norm(view.tokens, dim)) for view in seen]
+        + [scaled(norm(view.tokens, dim)) + Cost(saved_fp32=view.tokens * dim) for view in seen]
     )
     whole = {view.size_px: _whole(settings, view.size_px) for view in seen}
     return Encoder(
@@ -53,11 +56,23 @@ def _vit(settings: Settings, size: VitSize) -> Encoder:
         dim=dim,
         levels=(Level(dim, model["patch_px"]),) * size.depth,
         cost=parameters + activity,
+        blocks=scaled(total(blocks), size.depth),
+        block_inputs=size.depth * dim * sum(view.tokens for view in seen),
+        largest=max(by_calls(settings, blocks), key=lambda cost: cost.saved),
         whole={
             size_px: _stem(settings, view, dim).forward + size.depth * _block(view, size).forward
             for size_px, view in whole.items()
         },
     )
+
+
+def by_calls(settings: Settings, of_views: Sequence[Cost]) -> list[Cost]:
+    """Of all views that are encoded in one call, together."""
+    calls: dict[str, Cost] = {}
+    for view, cost in zip(settings["views"].values(), of_views, strict=True):
+        shape = repr(recipe.shape(view))
+        calls[shape] = calls.get(shape, Cost()) + scaled(cost)
+    return list(calls.values())
 
 
 def _whole(settings: Settings, size_px: int) -> Seen:
