@@ -1,10 +1,10 @@
 """Memory of real training steps on a CPU beside what `pretrain plan` predicts. Run by `make bench-plan`.
 
-Every case is a fresh process for each rank: ViT-S-wide blocks with the core tasks, fp32, views from random
-pixels, the engine that a run has. Measured is resident memory. The allocator is told to give freed tensors back
-at once, so the process grows by what is alive: at rest between two steps, and at its peak within a step (the
-kernel's own high-water mark, reset before the step). What the process had before anything was built, libraries
-warmed up by a smaller model of the same kind, is taken off.
+Every case is a fresh process for each rank: blocks as wide as ViT-S's with the core tasks, fp32, views from
+random pixels, the engine that a run has. Measured is resident memory. The allocator is told to give freed
+tensors back at once, so the process grows by what is alive: at rest between two steps, and at its peak within
+a step (the kernel's own high-water mark, reset before the step). What the process had before anything was
+built, libraries warmed up by a smaller model of the same kind, is taken off.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ def resident(key: str) -> int:
 def measure(stage: int, recompute: bool, place: Any) -> dict[str, float]:
     """On one rank, connected to the others: bytes beyond what was there before."""
     import torch
-
     from step import inputs_for
 
     from pretrain import build, cluster
@@ -105,7 +104,7 @@ def measure(stage: int, recompute: bool, place: Any) -> dict[str, float]:
     del step, engine
     gc.collect()
     before = resident("VmRSS")
-    step, engine = steps(DEPTH)
+    step, _ = steps(DEPTH)
     for _ in range(NUM_STEPS - 1):
         step()
     gc.collect()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pretrain.plan import recipe
-from pretrain.plan.cost import Cost, block, norm, product, scaled, total
+from pretrain.plan.cost import Cost, block, norm, product, scaled, total, unfused_attention
 from pretrain.plan.heads import Level
 from pretrain.plan.recipe import Seen, Settings
 from pretrain.plan.vits import VitSize, size_of
@@ -25,6 +25,7 @@ class Encoder:
     blocks: Cost  # of these, what is done inside the blocks, which recomputing drops
     block_inputs: float  # elements of one image that stand between blocks, which recomputing keeps
     largest: Cost  # of one image: the block that keeps most, of the views of one call
+    unfused: Cost  # what plain attention would keep more, of one image; nothing where that is not known
     # size of a view in px -> FLOPs forward of such a view with nothing hidden: what a teacher does
     whole: Mapping[int, float]
     is_counted: bool = False  # on the module itself
@@ -59,6 +60,10 @@ def _vit(settings: Settings, size: VitSize) -> Encoder:
         blocks=scaled(total(blocks), size.depth),
         block_inputs=size.depth * dim * sum(view.tokens for view in seen),
         largest=max(by_calls(settings, blocks), key=lambda cost: cost.saved),
+        unfused=scaled(
+            total(unfused_attention(view.square_tokens, size.num_heads) for view in seen),
+            size.depth,
+        ),
         whole={
             size_px: _stem(settings, view, dim).forward + size.depth * _block(view, size).forward
             for size_px, view in whole.items()

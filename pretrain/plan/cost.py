@@ -132,6 +132,11 @@ def block(rows: float, pairs: float, dim: int, num_heads: int, hidden: int) -> C
     )
 
 
+def unfused_attention(pairs: float, num_heads: int) -> Cost:
+    """What a block's attention keeps more where it is computed as plain products: the matrix of each head."""
+    return Cost(saved=num_heads * pairs)
+
+
 def scaled(cost: Cost, factor: float = 1.0) -> Cost:
     """What is done so many times with the same parameters, which are left out."""
     return Cost(

@@ -59,6 +59,7 @@ def counted_encoder(settings: Settings) -> Encoder:
         blocks=total(count.blocks for count in counts),
         block_inputs=sum(count.block_inputs for count in counts),
         largest=max(by_calls(settings, [count.largest for count in counts]), key=lambda cost: cost.saved),
+        unfused=Cost(),
         whole={
             view.size_px: _count(model, registers, view.size_px, view.num_patches).cost.forward
             for view in seen

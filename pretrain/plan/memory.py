@@ -55,6 +55,7 @@ class Activity:
     kept_recomputed: float  # with `engine.recompute`
     working: float  # gradients inside the block that keeps most
     working_recomputed: float  # and what that block keeps, made again
+    unfused: float  # that plain attention, without a fused kernel, would keep more; 0 if not known
 
 
 def activity_of(settings: Settings, encoder: Encoder, site: Site) -> Activity:
@@ -70,6 +71,7 @@ def activity_of(settings: Settings, encoder: Encoder, site: Site) -> Activity:
         kept_recomputed=rest + FP32 * encoder.block_inputs + _bytes(heads, low),
         working=working,
         working_recomputed=working + largest,
+        unfused=_bytes(encoder.unfused, low),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pretrain.errors import ConfigError, UserError
@@ -65,7 +66,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Advice:
-    """Settings that fit, the fastest first choice: the smallest stage, then without recomputing."""
+    """Settings that fit."""
 
     stage: int | None  # None: nothing fits
     recompute: bool
@@ -86,6 +87,9 @@ class Prediction:
     flops: StepFlops
     memory: list[Memory]  # of each stage, as the config is about recomputing
     memory_other: list[Memory]  # with recomputing, if the config has none, and the other way round
+    unfused_attention_bytes: (
+        float  # that attention would keep more without a fused kernel, nothing recomputed
+    )
     advice: Advice
     step: StepTime
     communication: Communication
@@ -156,6 +160,7 @@ def predict(settings: Settings, asked: Question) -> Prediction:
         flops=flops,
         memory=[memory_of(stage, layout.recompute) for stage in memory.STAGES],
         memory_other=[memory_of(stage, not layout.recompute) for stage in memory.STAGES],
+        unfused_attention_bytes=layout.micro_batch * activity.unfused,
         advice=_advice(settings, layout, machine.gpu.memory_bytes, memory_of),
         step=step,
         communication=communication_of(
@@ -237,7 +242,8 @@ def _layout(settings: Settings, asked: Question) -> Layout:
     )
 
 
-def _advice(settings: Settings, layout: Layout, gpu_bytes: float, memory_of) -> Advice:  # type: ignore[no-untyped-def]
+def _advice(settings: Settings, layout: Layout, gpu_bytes: float, memory_of: Callable[..., Memory]) -> Advice:
+    """Smaller micro batches come last: they leave a contrastive task fewer images to compare with."""
     steps, size, lanes = layout.accumulation_steps, layout.global_batch, settings["data"]["lanes"]
     as_set = memory_of(layout.stage, layout.recompute)
     if fits(as_set, gpu_bytes):
@@ -258,9 +264,9 @@ def _advice(settings: Settings, layout: Layout, gpu_bytes: float, memory_of) -> 
                 return Advice(stage, recompute, steps, "the first change that makes it fit")
     for more in range(steps + 1, size // lanes + 1):
         if size % (lanes * more) == 0:
-            micro_batch = size // more // layout.ranks
-            if fits(memory_of(layout.stage, layout.recompute, micro_batch), gpu_bytes):
-                return Advice(layout.stage, layout.recompute, more, "smaller micro batches fit")
+            micro_batch, stage = size // more // layout.ranks, max((layout.stage, *stages))
+            if fits(memory_of(stage, True, micro_batch), gpu_bytes):
+                return Advice(stage, True, more, "the first change that makes it fit")
     return Advice(
         None, layout.recompute, steps, "no setting here fits; use GPUs with more memory or a smaller model"
     )

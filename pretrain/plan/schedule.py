@@ -60,7 +60,8 @@ def num_steps(settings: Settings, num_images: int | None) -> int:
         raise UserError(
             f"data: {where} has no index.json here that tells how many images it holds; give --images N"
         )
-    return max(1, round(float(schedule["epochs"]) * num_images / settings["batch"]["global_size"]))
+    steps = round(float(schedule["epochs"]) * num_images / settings["batch"]["global_size"])
+    return max(1, int(steps))
 
 
 def saving_of(

@@ -61,7 +61,13 @@ def _memory(found: Prediction) -> str:
             f"memory of a rank in GiB (* the config; of the {_gib(found.gpu_memory_bytes)} of the GPU "
             f"{_gib(RESERVE_BYTES)} are left to CUDA, NCCL and gaps; unmeasured on a GPU)",
             _aligned(header, rows),
-            "the peak is below the sum of its row: gradients come while activations go",
+            "the peak is below the sum of its row: gradients come while activations go"
+            + (
+                f"; attention is the fused kind, without it {_gib(found.unfused_attention_bytes)} GiB more "
+                "activations are kept"
+                if found.unfused_attention_bytes
+                else ""
+            ),
             f"use: {_advice(found)}",
             *(f"  {line}" for line in found.advice.more),
         ]
