@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pretrain.errors import UserError, nearest
+from pretrain.errors import UserError
 
 TERA = 1e12
 
@@ -64,9 +64,9 @@ GPUS = (
     Gpu("A40", r"\ba40\b", 149.7e12, 44, 0.696e12, 0),
     Gpu("A10G", r"\ba10g\b", 70e12, 22, 0.6e12, 0),
     Gpu("A10", r"\ba10\b", 125e12, 22, 0.6e12, 0),
-    Gpu("RTX 5090", r"\brtx 5090\b", 209.5e12, 31, 1.792e12, 0),
-    Gpu("RTX 4090", r"\brtx 4090\b", 165.2e12, 23, 1.008e12, 0),
-    Gpu("RTX 3090", r"\brtx 3090\b", 71e12, 23, 0.936e12, 0),
+    Gpu("RTX 5090", r"\brtx 5090\b(?! (d|laptop)\b)", 209.5e12, 31, 1.792e12, 0),
+    Gpu("RTX 4090", r"\brtx 4090\b(?! (d|laptop)\b)", 165.2e12, 23, 1.008e12, 0),
+    Gpu("RTX 3090", r"\brtx 3090\b(?! ti\b)", 71e12, 23, 0.936e12, 0),
     Gpu("V100 16GB", r"\bv100.*16 ?gb\b", 125e12, 15, 0.9e12, 150e9, "fp16"),
     Gpu("V100", r"\bv100\b", 125e12, 31, 0.9e12, 150e9, "fp16"),
     Gpu("T4", r"\bt4\b", 65e12, 15, 0.32e12, 0, "fp16"),
@@ -76,6 +76,8 @@ GPUS = (
 def find_gpu(device_name: str) -> Gpu | None:
     """The GPU of a name as torch prints it ("NVIDIA H100 80GB HBM3") or as people write it ("h100")."""
     name = re.sub(r"[-_]+", " ", device_name.strip().lower())
+    if re.search(r"\bmig\b", name):  # a part of a GPU, which its name does not tell the size of
+        return None
     return next((gpu for gpu in GPUS if re.search(gpu.pattern, name)), None)
 
 
@@ -86,9 +88,9 @@ def peak_flops(device_name: str) -> Peak | None:
 
 
 def gpu_named(name: str) -> Gpu:
-    """UserError with the known names for one that is not known."""
+    """UserError with all names for one that is not known."""
     gpu = find_gpu(name)
     if gpu is None:
-        names = [gpu.name.lower() for gpu in GPUS]
-        raise UserError(f"--gpu {name}: is not in the table; {nearest(name.lower(), names)}")
+        names = ", ".join(gpu.name.lower() for gpu in GPUS)
+        raise UserError(f"--gpu {name}: is not in the table; known: {names}")
     return gpu

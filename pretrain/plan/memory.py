@@ -1,9 +1,9 @@
 """Memory of one rank, by what holds it: a prediction.
 
-Bytes of tensors at the moment when most are alive. Two moments count. At the turn of a step all that the
-forward pass has kept is there, and the first block goes backward; from then on gradients come while what was
-kept goes, so both are never there in full. In the optimizer's step all gradients are, and DeepSpeed's copies
-of them. Left out are the libraries themselves and what an allocator loses between tensors: `RESERVE_BYTES`.
+Bytes of tensors at the moment when most are alive. In the backward pass gradients come while what the forward
+pass has kept goes, so both are never there in full: the larger counts, and what one block works with besides.
+In the optimizer's step all gradients are there, and DeepSpeed's copies of them. Left out are the libraries
+themselves and what an allocator loses between tensors: `RESERVE_BYTES`.
 
 What DeepSpeed 0.19 keeps at each stage was read from its engine at work: the stages 1 and 2 step an fp32 copy
 of a rank's share of the weights, though these are fp32 themselves; stage 3 keeps whole weights from the
@@ -147,7 +147,7 @@ def memory_of(
     always = owned + optimizer + teacher + buffers + inputs
     if stage == 3:
         always += gradients
-    turn = kept + in_block if stage == 3 else max(kept + in_block, gradients)
+    turn = in_block + (kept if stage == 3 else max(kept, gradients))
     step = copies if stage == 3 else gradients + copies
     return Memory(
         stage, owned, gradients, optimizer, teacher, buffers, inputs, kept, max(in_block, copies),

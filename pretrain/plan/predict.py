@@ -54,6 +54,7 @@ class Feeding:
     per_node: float
     cores_per_gpu: float
     images_per_core_second: float
+    decode_threads: int  # of a rank, as the config says
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ def predict(settings: Settings, asked: Question) -> Prediction:
             rate / layout.nodes,
             rate / layout.ranks / asked.images_per_core_second,
             asked.images_per_core_second,
+            settings["data"]["decode_threads"],
         ),
         length=Length(num_images, num_steps, seconds, seconds * layout.ranks / 3600),
         saving=schedule.saving_of(
@@ -257,7 +259,10 @@ def _advice(settings: Settings, layout: Layout, gpu_bytes: float, memory_of: Cal
         ):
             hints.append("engine.deepspeed.zero_optimization.overlap_comm=true hides sums of gradients")
         return Advice(layout.stage, layout.recompute, steps, "the config fits as it is", tuple(hints))
-    stages = [stage for stage in (1, 2, 3) if layout.ranks > 1 and stage > layout.stage]
+    optim = settings["optim"]
+    needs_whole_tensors = optim["name"] == "lars" or (optim["clip"] == "tensor" and optim["clip_norm"] > 0)
+    can_divide = layout.ranks > 1 and not needs_whole_tensors
+    stages = [stage for stage in (1, 2, 3) if can_divide and stage > layout.stage]
     for recompute in (layout.recompute, True):
         for stage in (layout.stage, *stages):
             if fits(memory_of(stage, recompute), gpu_bytes):

@@ -24,7 +24,8 @@ class Saving:
     mean_hours_to_failure: float  # of any node
     best_every_steps: int  # about sqrt(2 * pause * time to failure)
     lost_ratio: float  # of the time, saving at that interval: pauses and work done again
-    lost_ratio_as_set: float  # saving as the config says
+    every_steps: int  # as the config says
+    lost_ratio_as_set: float  # saving so
 
 
 def images_of(settings: Settings, given: int | None) -> int | None:
@@ -92,5 +93,6 @@ def saving_of(
         failure / 3600,
         best,
         lost(best),
+        settings["checkpoint"]["every_steps"],
         lost(settings["checkpoint"]["every_steps"]),
     )

@@ -30,11 +30,11 @@ def _head(found: Prediction) -> str:
 
 def _parameters(found: Prediction) -> str:
     of = found.parameters
-    heads = ", ".join(f"{name} {_millions(count)}" for name, count in of.heads.items() if count)
+    heads = ", ".join(f"{name} {_elements(count)}" for name, count in of.heads.items() if count)
     return (
-        f"parameters: student {_millions(of.student)} = backbone {_millions(of.backbone)} + heads "
-        f"{_millions(sum(of.heads.values()))} + others {_millions(of.others)}; trained "
-        f"{_millions(of.trained)}; teacher {_millions(of.teacher)}\n  heads: {heads}"
+        f"parameters: student {_elements(of.student)} = backbone {_elements(of.backbone)} + heads "
+        f"{_elements(sum(of.heads.values()))} + others {_elements(of.others)}; trained "
+        f"{_elements(of.trained)}; teacher {_elements(of.teacher)}\n  heads: {heads}"
     )
 
 
@@ -140,7 +140,7 @@ def _feeding(found: Prediction) -> str:
     return (
         f"decoding: {of.per_gpu:,.0f} images/s a GPU, {of.per_node:,.0f} a node; {of.cores_per_gpu:.1f} CPU "
         f"cores a GPU at {of.images_per_core_second:g} images/s a core (`pretrain shards bench DIR` measures "
-        "yours; --images-per-core-second)"
+        f"yours; --images-per-core-second), and data.decode_threads={of.decode_threads}"
     )
 
 
@@ -160,7 +160,7 @@ def _saving(found: Prediction) -> str:
         f"checkpoints: {_gb(of.checkpoint_bytes)} each, {of.write_seconds:.1f} s to write, a pause of "
         f"{of.pause_seconds:.2f} s; a node fails every {of.mean_hours_to_failure:,.0f} hours\n"
         f"  Young-Daly: save every {of.best_every_steps:,} steps ({minutes:.1f} minutes), which costs "
-        f"{100 * of.lost_ratio:.2f} % of the time; checkpoint.every_steps as set costs "
+        f"{100 * of.lost_ratio:.2f} % of the time; checkpoint.every_steps={of.every_steps:,} costs "
         f"{100 * of.lost_ratio_as_set:.2f} %"
     )
 
@@ -207,8 +207,10 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _millions(count: float) -> str:
-    return f"{count / 1e6:.2f} M"
+def _elements(count: float) -> str:
+    if count >= 1e5:
+        return f"{count / 1e6:.2f} M"
+    return f"{count / 1e3:.1f} k" if count else "0"
 
 
 def _gib(num_bytes: float) -> str:

@@ -145,7 +145,7 @@ def arguments(*more: str, nodes: str = "1") -> list[str]:
             arguments("--images", "9", nodes="3"),
             "64 lanes cannot be shared .* 24 ranks; 1, 2, 4, 8 nodes of 8",
         ),
-        (arguments("--images", "9", "--gpu", "h300"), "--gpu h300: is not in the table; did you mean"),
+        (arguments("--images", "9", "--gpu", "h300"), "--gpu h300: is not in the table; known: gb200, b200"),
         (arguments("--images", "9", "batch.global_size=1000"), "1000 is not divisible .* use 960 or 1024"),
         (arguments("--images", "9", "engine.kind=local"), "'local' trains on one rank, and 8 are asked for"),
         (arguments("tasks.exemplar={}"), "tasks.exemplar: its size follows .* give --images N"),
