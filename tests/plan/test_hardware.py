@@ -49,7 +49,7 @@ def test_what_is_not_in_the_table_has_no_peak() -> None:
         "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
     ):
         assert peak_flops(name) is None
-    with pytest.raises(UserError, match="--gpu h300: is not in the table; known: .*h200, .*a100"):
+    with pytest.raises(UserError, match=r"--gpu h300: is not in the table; known: .*h200, .*a100"):
         gpu_named("h300")
 
 
