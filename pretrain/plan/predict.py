@@ -268,8 +268,8 @@ def _advice(settings: Settings, layout: Layout, gpu_bytes: float, memory_of: Cal
             if fits(memory_of(stage, recompute), gpu_bytes):
                 return Advice(stage, recompute, steps, "the first change that makes it fit")
     for more in range(steps + 1, size // lanes + 1):
-        if size % (lanes * more) == 0:
-            micro_batch, stage = size // more // layout.ranks, max((layout.stage, *stages))
+        micro_batch = size // more // layout.ranks
+        for stage in (layout.stage, *stages) if size % (lanes * more) == 0 else ():
             if fits(memory_of(stage, True, micro_batch), gpu_bytes):
                 return Advice(stage, True, more, "the first change that makes it fit")
     return Advice(

@@ -9,6 +9,7 @@ from pretrain.plan.predict import Prediction, fits
 from pretrain.plan.timing import JITTER_RATIO
 
 GIB = 2**30
+SHORT_SECONDS = 0.03
 
 
 def told(found: Prediction) -> str:
@@ -132,6 +133,15 @@ def _step(found: Prediction) -> str:
             )
         )
     lines.append(f"  {found.images_per_second:,.0f} images/s")
+    if found.layout.precision == "fp32":
+        lines.append(
+            "  engine.precision=fp32: products take many times as long as in bf16, which this assumes; "
+            "set bf16, or give --mfu as measured"
+        )
+    if step.total < SHORT_SECONDS:
+        lines.append(
+            "  so short a step waits for kernels to be launched, which is not in this: a lower bound"
+        )
     return "\n".join(lines)
 
 

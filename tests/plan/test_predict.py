@@ -67,6 +67,12 @@ def test_what_does_not_fit_is_told_with_what_does() -> None:
     assert "as it is" in accumulated.advice.why
 
 
+def test_times_that_say_little_are_told_with_it() -> None:
+    assert "a lower bound" in told(plan(nodes=8))
+    assert "a lower bound" not in told(plan())
+    assert "give --mfu as measured" in told(plan("engine.precision=fp32"))
+
+
 def test_efficiency_falls_with_ranks_and_strong_scaling_ends_with_the_lanes() -> None:
     found = plan()
     rows = found.scaling
