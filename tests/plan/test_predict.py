@@ -204,6 +204,19 @@ def test_the_command_prints_the_numbers_that_its_json_has(capsys: pytest.Capture
     assert sum(numbers["flops"]["by_part"].values()) == pytest.approx(numbers["flops"]["train"])
 
 
+def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (CONFIGS.parent / "docs" / "plan.md").read_text()
+    command = re.search(r"^pretrain (plan configs/.*)$", page, re.MULTILINE)
+    assert command is not None
+    words = [
+        str(CONFIGS.parent / word) if word.startswith("configs/") else word for word in command[1].split()
+    ]
+    assert main(words) == EXIT_DONE
+    assert f"```text\n{capsys.readouterr().out}```" in page, (
+        "its output has changed; put in what it prints now"
+    )
+
+
 @pytest.mark.parametrize(
     "name", ["dino_vitb16", "mae_vitl16", "moby_swin_t", "ijepa_vits4_cifar10", "repre_moco_v3_vitb16"]
 )
