@@ -11,7 +11,7 @@ SAMPLE := data_shards/sample
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-cluster test-cluster-slow chaos gpu-check bench bench-overhead bench-engine \
-	bench-checkpoint bench-data bench-metrics bench-export bench-evaluate protocol check format shards pretrain export evaluate report \
+	bench-checkpoint bench-data bench-metrics bench-plan bench-export bench-evaluate protocol check format shards pretrain export evaluate report \
 	doctor plan pages clean
 
 help: ## list the targets
@@ -60,6 +60,7 @@ plan: $(READY) ## memory, time, data rate and scaling of CONFIG=configs/x.yaml o
 
 pages: $(READY) ## what is written from code: dashboards, the table of metrics, the reference
 	$(BIN)/python -m pretrain.metrics.dashboards
+	$(BIN)/python -m pretrain.plan.schema
 	$(BIN)/python docs/make_reference.py
 
 test: $(READY) ## lint, types and all tests that take less than half a minute each
@@ -98,6 +99,9 @@ bench-data: $(READY) ## images/s of the loader beside other loaders; PEERS is a 
 
 bench-metrics: $(READY) ## what metrics, health of the features and gradient conflict cost a step
 	$(BIN)/python benchmarks/metrics_cost.py --out benchmarks/results/metrics-cost-cpu.json
+
+bench-plan: $(READY) ## memory of real ranks beside what `pretrain plan` predicts: a quarter of an hour
+	$(BIN)/python benchmarks/plan_memory.py --out benchmarks/results/plan-memory-cpu.json
 
 bench-export: $(READY) ## three short trainings, exported in every format: how far apart the features are
 	$(BIN)/python benchmarks/export_parity.py --out benchmarks/results/export-parity.json
