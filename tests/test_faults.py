@@ -845,7 +845,7 @@ def test_a_run_whose_port_for_metrics_is_taken_trains_as_ever(port: str, runs: R
         assert taken < int(served[1]) < taken + PORT_TRIES
     else:
         assert served is None
-        assert "metrics are not served: 127.0.0.1:65535: Address already in use" in started.output()
+        assert "metrics of rank 0 are not served: 127.0.0.1:65535: Address already in use" in started.output()
     assert started.metric("pretrain_steps_total") == NUM_STEPS
     assert_same_end(runs.folder / "run", whole)
 

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from answers import Answer
 from small_shards import samples, write_shard
 from test_faults import CONFIG, Runs
 
 from pretrain import cli
 from pretrain.data.indexing import index_folder
-
-
-class Answer:
-    """What `pretrain doctor RUN --json` prints, and its exit code."""
-
-    def __init__(self, code: int, printed: str) -> None:
-        self.code = code
-        self.whole: dict[str, Any] = json.loads(printed)
-        self.verdict: str = self.whole["verdict"]
-        self.findings: list[dict[str, Any]] = self.whole["findings"]
-
-    @property
-    def causes(self) -> dict[str, str]:
-        """Cause -> severity."""
-        return {finding["cause"]: finding["severity"] for finding in self.findings}
-
-    def of(self, cause: str) -> str:
-        """Everything that is said of one cause."""
-        [found] = [finding for finding in self.findings if finding["cause"] == cause]
-        return "\n".join([found["what"], *found["evidence"], found["do"], found["command"]])
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Answer  # type: ignore[attr-defined]
+from answers import Answer
 from fault_runs import fault
 from outcomes import records
 from PIL import Image

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Answer  # type: ignore[attr-defined]
+from answers import Answer
 from fault_runs import fault
 from fault_runs import start as start_ranks
 from outcomes import records

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Answer  # type: ignore[attr-defined]
+from answers import Answer
 from outcomes import records
 
 from pretrain.doctor import learning

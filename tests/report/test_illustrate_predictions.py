@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MULTITASK
+from report_runs import MULTITASK
 from torch import Tensor, nn
 
 from pretrain import build

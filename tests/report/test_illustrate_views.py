@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MULTITASK
 from PIL import Image
+from report_runs import MULTITASK
 
 from pretrain import build
 from pretrain.config import RunConfig, load_config

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MULTITASK, write_photographs
 from pages import ALL, Element, read_report, section_ids, section_of
+from report_runs import MULTITASK, write_photographs
 
 from pretrain.checkpoint import list_checkpoints
 from pretrain.cli import main
