@@ -133,7 +133,8 @@ class Saver:
         if wait_for_mirror and not problem:
             self._together(lambda writer: writer.wait_for_mirror(SETTLE_SECONDS))
         if self._writer is not None:
-            self._tell(self._writer.close(mirror_seconds=0.0))
+            # all have waited for it already: a disk that hangs would hold up the end once more
+            self._tell(self._writer.close(0.0 if problem else SETTLE_SECONDS, mirror_seconds=0.0))
             self._writer = None
         if problem:
             raise TrainingError(problem)
