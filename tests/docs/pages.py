@@ -28,6 +28,7 @@ class Block:
     line: int  # of its first line, from 1
     language: str
     text: str
+    library: str = ""  # that a block of Python needs, beside this package's own
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
@@ -48,10 +49,11 @@ class Block:
 
 def blocks_of(page: Path) -> list[Block]:
     text = page.read_text()
-    return [
-        Block(page, text.count("\n", 0, found.start()) + 2, found[1].strip(), found[2])
-        for found in BLOCK.finditer(text)
-    ]
+    found = []
+    for match in BLOCK.finditer(text):
+        language, _, library = match[1].strip().partition(" ")
+        found.append(Block(page, text.count("\n", 0, match.start()) + 2, language, match[2], library))
+    return found
 
 
 def prose_of(page: Path) -> str:

@@ -1,0 +1,8 @@
+"""Lets the sandbox be filled by the writers of tests/transfer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "transfer"))
