@@ -51,7 +51,6 @@ SMALLER: dict[str, dict[str, Any]] = {
 APPENDED = {
     "pretrain evaluate fewshot": "--fractions 0.5 --seeds 0 num_epochs=1",  # 12 fine-tunings of 100 epochs
     "pretrain evaluate finetune": "num_epochs=1",  # 300 epochs
-    "pretrain shards bench": "--seconds 0.2",  # of each of several settings
 }
 # Run once, where the folder is made that every page gets a copy of: minutes each.
 PREPARED = ("make shards", "make demo")
@@ -136,7 +135,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout
     sandbox.write_stand_ins(folder)
     sandbox.name_the_run(folder)
-    joint = "engine.kind=local schedule.steps=4 tasks.classification={} --output-dir JOINT"
+    joint = "engine.kind=local schedule.steps=4 tasks.classification.num_classes=10 --output-dir JOINT"
     done = sandbox.shell(folder, f"pretrain train configs/demo.yaml data.shards=DIR {joint}")
     assert done.returncode == 0, done.stdout
     return folder
