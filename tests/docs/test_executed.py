@@ -135,7 +135,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout
     sandbox.write_stand_ins(folder)
     sandbox.name_the_run(folder)
-    joint = "engine.kind=local schedule.steps=4 tasks.classification.num_classes=10 --output-dir JOINT"
+    joint = "engine.kind=local schedule.steps=8 tasks.classification.num_classes=10 --output-dir JOINT"
     done = sandbox.shell(folder, f"pretrain train configs/demo.yaml data.shards=DIR {joint}")
     assert done.returncode == 0, done.stdout
     return folder
