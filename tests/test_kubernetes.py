@@ -86,6 +86,21 @@ def test_the_command_is_one_that_pretrain_understands(container: dict[str, Any])
         assert any(path.is_relative_to(mount) for mount in mounts), f"{path} is lost with its pod"
 
 
+def test_probes_ask_where_a_run_answers_and_leave_hangs_to_the_watchdog(container: dict[str, Any]) -> None:
+    arguments = parse(pretrain_arguments(container))
+    config = load_config(REPOSITORY / arguments.config, arguments.overrides)
+    serving, limits = config.log.prometheus, config.watchdog
+    assert serving.enabled
+    assert serving.address == "0.0.0.0"  # the kubelet asks from outside the pod
+    (port,) = container["ports"]
+    assert port["containerPort"] == serving.port
+    for probe in ("startupProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/healthz", "port": port["name"]}
+    longest = max(limits.data_seconds, limits.step_seconds, limits.checkpoint_seconds)
+    assert serving.unhealthy_after_seconds > longest
+    assert config.online_knn is None  # else limits.evaluation_seconds counts too
+
+
 def test_wrong_input_fails_the_job_and_a_run_that_stopped_early_starts_again(
     documents: dict[str, dict[str, Any]],
 ) -> None:
