@@ -30,10 +30,6 @@ SMALLER: dict[str, dict[str, Any]] = {
     "configs/methods/mae_vits4_cifar10.yaml": {
         "batch.global_size": 64
     },  # 1,024 images through ViT-S are for a GPU
-    "configs/imagenet_vitb16_multitask.yaml": {
-        "batch.global_size": 64,
-        "batch.accumulation_steps": 32,
-    },  # the same
     "configs/transfer/detection_nuclei_cpu.yaml": SHORT_TRANSFER,  # 19 minutes
     # 80,000 steps of crops of 768 px are for GPUs
     "configs/transfer/segmentation_cityscapes_setr_pup.yaml": {
@@ -51,6 +47,8 @@ SMALLER: dict[str, dict[str, Any]] = {
 APPENDED = {
     "pretrain evaluate fewshot": "--fractions 0.5 --seeds 0 num_epochs=1",  # 12 fine-tunings of 100 epochs
     "pretrain evaluate finetune": "num_epochs=1",  # 300 epochs
+    # the step of 1,024 images is for GPUs: two of them, as rank 0 of 32
+    "pretrain train configs/imagenet_vitb16_multitask.yaml": "batch.global_size=64 --world-size 32",
 }
 # Run once, where the folder is made that every page gets a copy of: minutes each.
 PREPARED = ("make shards", "make demo")
