@@ -23,25 +23,19 @@ SHORT_RUN = {
     "batch.global_size": 32,
     "checkpoint.every_steps": 20,
 }
-SHORT_TRANSFER = {"schedule.steps": 2, "schedule.warmup_steps": 1, "schedule.save_every_steps": 1}
+SHORT_DETECTION = {"schedule.steps": 2, "schedule.warmup_steps": 1, "schedule.save_every_steps": 1}
+SETR_PUP = "configs/transfer/segmentation_cityscapes_setr_pup.yaml"
 SMALLER: dict[str, dict[str, Any]] = {
     "configs/demo.yaml": SHORT_RUN,  # six minutes otherwise
     "configs/cifar10_cpu_multitask.yaml": SHORT_RUN,  # eight minutes
-    "configs/methods/mae_vits4_cifar10.yaml": {
-        "batch.global_size": 64
-    },  # 1,024 images through ViT-S are for a GPU
-    "configs/transfer/detection_nuclei_cpu.yaml": SHORT_TRANSFER,  # 19 minutes
-    # 80,000 steps of crops of 768 px are for GPUs
-    "configs/transfer/segmentation_cityscapes_setr_pup.yaml": {
+    "configs/methods/mae_vits4_cifar10.yaml": {"batch.global_size": 64},  # steps of 1,024 images are for GPUs
+    "configs/transfer/detection_nuclei_cpu.yaml": SHORT_DETECTION,  # 19 minutes
+    SETR_PUP: {
         "num_steps": 2,
         "batch_size": 2,
         "crop_px": 48,
-    },
-    "configs/transfer/segmentation_camvid_cpu.yaml": {
-        "num_steps": 2,
-        "save_every_steps": 1,
-        "optim.warmup_steps": 1,
-    },
+    },  # 80,000 steps of crops of 768 px are for GPUs
+    "configs/transfer/segmentation_camvid_cpu.yaml": {"num_steps": 2, "optim.warmup_steps": 1},  # 8 minutes
 }
 # Words put behind commands that begin so.
 APPENDED = {
