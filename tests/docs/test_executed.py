@@ -39,7 +39,7 @@ SMALLER: dict[str, dict[str, Any]] = {
 }
 # Words put behind commands that begin so.
 APPENDED = {
-    "pretrain evaluate fewshot": "--fractions 0.5 --seeds 0 num_epochs=1",  # 12 fine-tunings of 100 epochs
+    "pretrain evaluate fewshot": "num_epochs=1 --fractions 0.5 --seeds 0",  # 12 fine-tunings of 100 epochs
     "pretrain evaluate finetune": "num_epochs=1",  # 300 epochs
     # the step of 1,024 images is for GPUs: two of them, as rank 0 of 32
     "pretrain train configs/imagenet_vitb16_multitask.yaml": "batch.global_size=64 --world-size 32",
