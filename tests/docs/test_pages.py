@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import runpy
 from pathlib import Path
 
 import pytest
-from pages import COMMANDS, PAGES, ROOT, Block, anchors_of, blocks_of, call_of, prose_of
+from pages import BLOCK, COMMANDS, PAGES, ROOT, Block, anchors_of, blocks_of, call_of, prose_of
 from pages import LINK as LINK_PATTERN
 
 from pretrain.cli import parse
@@ -94,6 +95,14 @@ def check_arguments(arguments: list[str]) -> None:
     except SystemExit as ending:  # of --help, or of what the parser refuses
         code = ending.code
     assert code == 0, arguments
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_in_sentences_are_ones_that_there_are(page: Path) -> None:
+    for command in re.findall(r"`pretrain ([^`\n]+)`", BLOCK.sub("", page.read_text())):
+        words = command.split()
+        check_arguments([*itertools.takewhile(re.compile("[a-z]+$").match, words), "--help"])
+        assert all((ROOT / word).exists() for word in words if is_own_file(word)), command
 
 
 @pytest.mark.parametrize(
