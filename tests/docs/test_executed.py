@@ -38,8 +38,6 @@ SMALLER: dict[str, dict[str, Any]] = {
 APPENDED = {
     "pretrain evaluate fewshot": "num_epochs=1 --fractions 0.5 --seeds 0",  # 12 fine-tunings of 100 epochs
     "pretrain evaluate finetune": "num_epochs=1",  # 300 epochs
-    # the step of 1,024 images is for GPUs: two of them, as rank 0 of 32
-    "pretrain train configs/imagenet_vitb16_multitask.yaml": "batch.global_size=64 --world-size 32",
 }
 # Run once, where the folder is made that every page gets a copy of: minutes each.
 PREPARED = ("make shards", "make demo")
