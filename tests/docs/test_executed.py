@@ -30,8 +30,14 @@ SMALLER: dict[str, dict[str, Any]] = {
     "configs/cifar10_cpu_multitask.yaml": SHORT_RUN,  # eight minutes
     "configs/methods/mae_vits4_cifar10.yaml": {"batch.global_size": 64},  # steps of 1,024 images are for GPUs
     "configs/transfer/detection_nuclei_cpu.yaml": SHORT_DETECTION,  # 19 minutes
-    # 80,000 steps of crops of 768 px are for GPUs
-    SETR_PUP: {"num_steps": 2, "batch_size": 2, "crop_px": 48, "test.stride_px": 32},
+    # 80,000 steps of crops of 768 px of images of 2048 px are for GPUs
+    SETR_PUP: {
+        "num_steps": 2,
+        "batch_size": 2,
+        "crop_px": 48,
+        "data.fit_px": [128, 96],
+        "test.stride_px": 32,
+    },
     "configs/transfer/segmentation_camvid_cpu.yaml": {"num_steps": 2, "optim.warmup_steps": 1},  # 8 minutes
 }
 # Words put behind commands that begin so.
