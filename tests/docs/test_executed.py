@@ -42,8 +42,9 @@ SMALLER: dict[str, dict[str, Any]] = {
 }
 # Words put behind commands that begin so.
 APPENDED = {
-    "pretrain evaluate fewshot": "num_epochs=1 warmup_epochs=0.1 --fractions 0.5 --seeds 0",  # 12 fine-tunings of 100 epochs
-    "pretrain evaluate finetune": "num_epochs=1 warmup_epochs=0.1",  # 300 epochs
+    # 15 fine-tunings of 100 epochs
+    "pretrain evaluate fewshot": "num_epochs=1 warmup_epochs=0.1 --fractions 0.5 --seeds 0",
+    "pretrain evaluate finetune": "num_epochs=1 warmup_epochs=0.1",  # 100 epochs
 }
 # Run once, where the folder is made that every page gets a copy of: minutes each.
 PREPARED = ("make shards", "make demo")
