@@ -21,12 +21,8 @@ from small_coco import write_split
 from small_scenes import save_mask, scene
 
 CLASSES = ("boat", "cup", "tree")
-STREET = {
-    0: 23,
-    1: 7,
-    2: 26,
-    255: 0,
-}  # classes of a small scene -> ids of Cityscapes: sky, road, car, unlabelled
+# classes of a small scene -> ids of Cityscapes: sky, road, car, unlabelled
+STREET = {0: 23, 1: 7, 2: 26, 255: 0}
 VOID = 11  # CamVid's number for what is unlabelled
 
 
