@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as arrow
 import yaml
+from documents import ROOT, tracked_files
 from images import encoded, picture
-from pages import ROOT, tracked_files
 from pyarrow import parquet
 from small_coco import write_split
 from small_scenes import save_mask, scene

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import sandbox
-from pages import COMMANDS, PAGES, ROOT, Block, blocks_of
+from documents import COMMANDS, PAGES, ROOT, Block, blocks_of
 
 # Settings of configs in the folder that the pages' commands run in. Models, tasks and kinds of settings stay.
 SHORT_RUN = {

@@ -8,8 +8,8 @@ import runpy
 from pathlib import Path
 
 import pytest
-from pages import BLOCK, COMMANDS, PAGES, ROOT, Block, anchors_of, blocks_of, call_of, prose_of
-from pages import LINK as LINK_PATTERN
+from documents import BLOCK, COMMANDS, PAGES, ROOT, Block, anchors_of, blocks_of, call_of, prose_of
+from documents import LINK as LINK_PATTERN
 
 from pretrain.cli import parse
 
