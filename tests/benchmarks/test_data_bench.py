@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from small_shards import make_shards
 
+pytestmark = pytest.mark.slow  # a benchmark, from end to end
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "data.py"
 CHOSEN = ("bare decode, 1 core", "bare loop, 1 core", "ours uint8, 1 core", "cifar resident", "ffcv")
 

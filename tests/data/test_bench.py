@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from small_shards import make_shards
 
 from pretrain.data.bench import BenchRequest, Rate, advice, choose, measure
@@ -14,6 +15,7 @@ def test_fewer_threads_win_when_more_bring_little() -> None:
     assert advice(rates).startswith("use data.decode_threads=2 data.prefetch_batches=1: 790 images/s")
 
 
+@pytest.mark.slow
 def test_every_setting_is_measured_and_told(tmp_path: Path) -> None:
     make_shards(tmp_path, [20, 20])
     told: list[str] = []

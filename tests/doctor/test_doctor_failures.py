@@ -116,6 +116,7 @@ def test_a_storage_that_is_too_slow_and_refuses_now_and_then(runs: Runs, ask: As
     assert "2 reads of shards failed" in answer.of("storage retries")
 
 
+@pytest.mark.slow
 def test_a_slow_first_batch_is_nothing(runs: Runs, ask: Ask) -> None:
     slow = fault("slow_data", on=0, seconds=2.0, steps=[0])
     runs.start("run", slow, settings=["schedule.steps=25", "checkpoint.every_steps=25"]).ends(0)
