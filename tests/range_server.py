@@ -138,8 +138,9 @@ def _handler(owner: RangeServer) -> type[BaseHTTPRequestHandler]:
             step = max(1, fault.bytes_per_second // 20) if fault.bytes_per_second else max(1, len(part))
             try:
                 for start in range(0, len(part), step):
-                    self.wfile.write(part[start : start + step])
+                    # before it is sent: who has read it all finds it counted
                     owner.num_sent[name] += len(part[start : start + step])
+                    self.wfile.write(part[start : start + step])
                     if fault.bytes_per_second and owner.ended.wait(step / fault.bytes_per_second):
                         return
             except (BrokenPipeError, ConnectionResetError):
