@@ -63,7 +63,7 @@ pages: $(READY) ## what is written from code: dashboards, the table of metrics, 
 	$(BIN)/python -m pretrain.plan.schema
 	$(BIN)/python docs/make_reference.py
 
-test: $(READY) ## lint, types and all tests that take less than half a minute each
+test: $(READY) ## lint, types and all tests but the slow ones: a quarter of an hour on two cores
 	$(MAKE) --no-print-directory check
 	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
