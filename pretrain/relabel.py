@@ -46,9 +46,12 @@ class Relabeler:
         self.network = Teacher(backbone)
         self.splits, self.num_samples = tuple(splits), num_samples
         self.peers, self.device = peers, device
+        self._asked_epoch: int | None = None
 
     def due(self, epoch: float) -> bool:
-        return self.task.due(int(epoch))
+        """At the start of a step. A GPU is asked, and so waited for, once in an epoch."""
+        asked, self._asked_epoch = self._asked_epoch, int(epoch)
+        return asked != int(epoch) and self.task.due(int(epoch))
 
     def relabel(self, engine: Engine, epoch: float) -> None:
         """Cluster, and start a new classifier. Every rank calls this."""

@@ -73,7 +73,7 @@ class ResidentBatches:
         rows = self.shown[torch.searchsorted(self.sample_ids, wanted.sample_ids)]
         device = self.images.device
         sample_ids, epochs, labels, rows = (
-            values.to(device, non_blocking=True)
+            (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
             for values in (self.sample_ids[rows], wanted.epochs, self.labels[rows], rows)
         )
         batch = Batch(self._crops(rows, sample_ids, epochs), sample_ids, epochs, labels)

@@ -39,6 +39,13 @@ def centers() -> Tensor:
     return torch.stack([found // _CODE, found % _CODE - _CODE // 2], dim=1) * BIN_SIDE
 
 
+@cache
+def centers_on(device: torch.device) -> Tensor:
+    """The same where they are needed."""
+    with torch.inference_mode(False):  # or the first to ask, in that mode, would spoil them for the others
+        return centers().to(device)
+
+
 @fp32
 def soft_encode(colors: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
     """Share each colour among the nearest bins by a Gaussian of its distance: (..., 2), (Q, 2) ->

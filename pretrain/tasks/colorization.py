@@ -105,14 +105,14 @@ class ColorizationTask(nn.Module):
         return TaskOutput(loss, {"error": loss.detach(), "chance": chance})
 
     def _classify(self, predicted: Tensor, tiles: Tensor, colored: Tensor, peers: Peers) -> TaskOutput:
-        num_views, centers = len(predicted), color_bins.centers().to(predicted.device)  # (Q, 2)
+        num_views, centers = len(predicted), color_bins.centers_on(predicted.device)  # (Q, 2)
         colors = cell_colors(tiles, self.config.cell_px).reshape(num_views, -1, 2)  # (M, cells, 2)
         logits = predicted.reshape(*colors.shape[:2], len(centers))  # (M, cells, Q)
         nearest, shares = color_bins.soft_encode(colors, centers)  # (M, cells, 5) each
         losses = color_bins.soft_cross_entropy(logits, nearest, shares)  # (M, cells)
         if self.counts_colors:
             losses = losses * color_bins.rebalancing(self.color_counts, centers)[nearest[..., 0]]
-            self._count(nearest[colored][..., 0], peers)
+            self._count(nearest[..., 0], colored, peers)
         count = colored.sum() * colors.shape[1]
         loss = global_mean(_sum_over(colored, losses.unsqueeze(2)), count, peers)
         with torch.no_grad():
@@ -123,9 +123,11 @@ class ColorizationTask(nn.Module):
         return TaskOutput(loss, {"error": error / scale, "chance": chance / scale})
 
     @torch.no_grad()
-    def _count(self, bins: Tensor, peers: Peers) -> None:
-        local = bins.flatten().bincount(minlength=len(self.step_counts)).float()  # whole numbers, so exact
-        self.step_counts += peers.sum(local).long()
+    def _count(self, bins: Tensor, colored: Tensor, peers: Peers) -> None:
+        """bins: int64 (M, cells), of views that count where colored, bool (M,), says so."""
+        local = torch.zeros(len(self.step_counts), device=bins.device)
+        counts = colored.unsqueeze(1).expand_as(bins).flatten().float()  # whole numbers, so exact
+        self.step_counts += peers.sum(local.index_add_(0, bins.flatten(), counts)).long()
 
     def finish_step(self) -> None:
         """What was seen in a step counts from the next one on, so all its micro steps weigh alike."""

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pretrain.constants import constant
 from pretrain.losses import absolute_error
 from pretrain.models.heads import mlp
 from pretrain.peers import Peers
@@ -114,4 +115,4 @@ def pair_distances(pairs: Tensor, grid: Grid, raw: bool, source: Tensor | None =
     shown = pairs if source is None else take(source, pairs.flatten(1)).view_as(pairs)
     position = TokenLayout(grid).positions(pairs.device)[shown]  # (M, m, 2 patches, 2 axes)
     apart = (position[:, :, 0] - position[:, :, 1]).abs()
-    return apart / torch.tensor(unit_of(grid, raw), device=pairs.device)
+    return apart / constant(unit_of(grid, raw), torch.float32, pairs.device)

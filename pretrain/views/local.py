@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from pretrain.constants import constant
 from pretrain.randomness import bits
 
 Draw = Callable[[int], Tensor]  # n -> float32 (M, n), uniform in [0, 1): a row of numbers for each view
@@ -181,7 +182,7 @@ def apply_local(
     paste(plan.color, lambda: _recolored(shown, plan, mean, std))
     paste(plan.gray, lambda: shown.mean(dim=1, keepdim=True))  # of normalised channels, as the release
     paste(plan.blur, lambda: _blurred(shown, plan.blur_radius_px, plan.blur_sigma_px))
-    paste(plan.drop, noise or (lambda: torch.zeros_like(shown)))
+    paste(plan.drop, noise if noise is not None else lambda: torch.zeros_like(shown))
     paste(plan.replace, lambda: clean[plan.donor])
     return shown, changed
 
@@ -266,8 +267,8 @@ def _blocks_to_area(
 
 def _jitter(draws: Tensor) -> tuple[Tensor, Tensor]:
     """Factors and order of a colour jitter: (M, 8) draws -> float32 (M, 4), int64 (M, 4)"""
-    strengths = torch.tensor(COLOR_STRENGTHS, device=draws.device)
-    center = torch.tensor([1.0, 1.0, 1.0, 0.0], device=draws.device)
+    strengths = constant(COLOR_STRENGTHS, torch.float32, draws.device)
+    center = constant((1.0, 1.0, 1.0, 0.0), torch.float32, draws.device)
     return center + strengths * (2 * draws[:, :4] - 1), draws[:, 4:].argsort(dim=1, stable=True)
 
 
@@ -279,8 +280,8 @@ def _recolored(images: Tensor, plan: LocalPlan, mean: Sequence[float], std: Sequ
     from pretrain.views.pixels import color_jitter, normalize
     from pretrain.views.plan import JitterPlan
 
-    scale = torch.tensor(std, device=images.device).view(3, 1, 1)
-    unit = (images * scale + torch.tensor(mean, device=images.device).view(3, 1, 1)).clamp_(0, 1)
+    center, scale = (constant(tuple(of), torch.float32, images.device).view(3, 1, 1) for of in (mean, std))
+    unit = (images * scale + center).clamp_(0, 1)
     everywhere = torch.ones_like(plan.blur_radius_px, dtype=torch.bool)
     return normalize(
         color_jitter(unit, JitterPlan(everywhere, plan.color_factors, plan.color_order)), mean, std

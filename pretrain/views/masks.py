@@ -223,8 +223,11 @@ def _sizes(scales: tuple[float, float], aspects: tuple[float, float], grid: Grid
 
 def _place(draws: Tensor, grid: Grid, sizes: list[Grid]) -> Tensor:
     """Put blocks anywhere on the grid: (..., K, 2) draws -> int64 (..., K, 2), top and left of each."""
-    free = [[grid[0] - height + 1, grid[1] - width + 1] for height, width in sizes]
-    return (draws * torch.tensor(free, device=draws.device)).long()
+    rows, columns = (
+        [draws[..., block, axis] * (grid[axis] - sides[axis] + 1) for block, sides in enumerate(sizes)]
+        for axis in (0, 1)
+    )
+    return torch.stack([torch.stack(rows, dim=-1), torch.stack(columns, dim=-1)], dim=-1).long()
 
 
 def _blocks(corners: Tensor, size: Grid, grid: Grid) -> Tensor:

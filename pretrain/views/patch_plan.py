@@ -139,3 +139,9 @@ def permutation_set(num_permutations: int) -> Tensor:
         torch.maximum(most_shared, shared, out=most_shared)
         chosen.append(int((total_shared + most_shared).argmin()))
     return candidates[:, chosen].T.long()
+
+
+@cache
+def permutation_set_on(device: torch.device, num_permutations: int) -> Tensor:
+    """The same where it is needed."""
+    return permutation_set(num_permutations).to(device)

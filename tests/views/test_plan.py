@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import RandomResizedCrop
 
 from pretrain.views.patch_plan import (
@@ -21,6 +23,7 @@ from pretrain.views.plan import (
     PatchConfig,
     ViewConfig,
     ViewPlan,
+    _asked_for,
     crop_boxes,
     draw_view_plan,
 )
@@ -108,6 +111,37 @@ def test_a_plan_does_not_depend_on_the_rest_of_the_batch(recipe: str) -> None:
         if len(full) != 10:  # one row per tile
             full = full.view(10, num_tiles, *full.shape[1:])
         assert torch.equal(mine, full[both_views].view_as(mine))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_numbers_hashed_together_are_those_hashed_one_by_one(recipe: str) -> None:
+    _asked_for.cache_clear()
+    one_by_one = _plan(RECIPES[recipe])
+    for together in (_plan(RECIPES[recipe]), _plan(RECIPES[recipe], num_images=7)):
+        for first, second in zip(_tensors(one_by_one), _tensors(together), strict=True):
+            if len(second) == len(first):
+                assert torch.equal(first, second)
+    assert _asked_for.cache_info().hits == 2
+
+
+def test_a_plan_takes_few_operations_once_it_is_known_what_is_drawn() -> None:
+    """Each is launched by itself on a GPU: one by one the hashes alone are 1400."""
+    for _ in range(2):
+        with Counted() as counted:
+            _plan()
+    assert counted.num_operations < 600
+
+
+class Counted(TorchDispatchMode):
+    """Counts what is done with tensors, views of their memory included."""
+
+    num_operations = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.num_operations += 1
+        return function(*args, **(kwargs or {}))
 
 
 def test_a_view_drawn_alone_is_the_view_drawn_in_a_group() -> None:
