@@ -65,6 +65,8 @@ class TaskSpec:
     # (config, its views) -> the views that the averaged teacher has to encode for it
     teacher_views: Callable[[Any, tuple[str, ...]], tuple[str, ...]] | None = None
     teacher_head: str | None = None  # its submodule that the teacher has an average of
+    # (config, its views) -> those that the student has to encode for it, the first ones; None: all
+    student_views: Callable[[Any, tuple[str, ...]], tuple[str, ...]] | None = None
     own_places: bool = False  # its answers stand where what they are about stands: no shuffled views
     needs_whole: bool = False  # reads the clean views normalised (`EncodedViews.whole`)
 
@@ -272,6 +274,7 @@ TASKS: dict[str, TaskSpec] = {
         reads="pair",
         unsuited=moco_v2.unsuited,
         teacher_views=moco_v2.teacher_views,
+        student_views=moco_v2.student_views,
         teacher_head="projector",
     ),
     "moco_v3": TaskSpec(

@@ -81,8 +81,8 @@ class MocoV2Task(nn.Module):
 
     def forward(self, views: EncodedViews, peers: Peers) -> TaskOutput:
         assert views.teacher is not None
-        first, second = views.names
         projected = views.teacher.heads["moco_v2"]
+        first, second = views.names[0], list(projected)[-1]
         directions = [(first, second), (second, first)] if self.config.symmetric else [(first, second)]
         found, earlier = [], self.queue.keys.clone()  # the backward pass reads it after new keys have entered
         for of_query, of_key in directions:
@@ -104,3 +104,8 @@ class MocoV2Task(nn.Module):
 def teacher_views(config: MocoV2Config, names: tuple[str, ...]) -> tuple[str, ...]:
     """Those that keys are of."""
     return names if config.symmetric else names[1:]
+
+
+def student_views(config: MocoV2Config, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that queries are of."""
+    return names if config.symmetric else names[:1]

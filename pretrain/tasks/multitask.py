@@ -30,6 +30,7 @@ class Reading:
     taps: tuple[int, ...] = ()
     teacher_views: tuple[str, ...] = ()
     teacher_head: str | None = None  # attribute of the task that the teacher has an average of
+    student_views: tuple[str, ...] | None = None  # those of `views` that are encoded for it; None: all
 
 
 class MultiTask(nn.Module):
@@ -62,6 +63,11 @@ class MultiTask(nn.Module):
             assert not list(task.parameters(recurse=False)), f"{name}: parameters belong into a submodule"
         self.tasks = nn.ModuleDict(tasks)
         self.readings = dict(readings)
+        self.encoded_views = {
+            view
+            for reading in readings.values()
+            for view in (reading.views if reading.student_views is None else reading.student_views)
+        }
         self.taps = sorted({level for reading in readings.values() for level in reading.taps})
         self.balance = balance
         self.recompute = recompute
@@ -134,7 +140,9 @@ class MultiTask(nn.Module):
         return named
 
     def _outputs(self, inputs: Inputs) -> tuple[list[EncodedViews], dict[str, TaskOutput]]:
-        encoded = [self._encode(group, inputs) for group in inputs.groups]
+        # what only the teacher looks at is not encoded
+        groups = [group.select(self.encoded_views) for group in inputs.groups]
+        encoded = [self._encode(group, inputs) for group in groups if group is not None]
         # not through __call__: ZeRO-3's hooks see tensors only, and the parameters are the heads'
         outputs = {
             name: task.forward(views_for(encoded, self.readings[name].views), self.peers)
@@ -149,7 +157,10 @@ class MultiTask(nn.Module):
         return losses, self.balance(losses)[1]
 
     def finish_step(self) -> None:
-        """Called once after every optimizer step that was not skipped: what tasks keep may move on."""
+        """Called once after every optimizer step: what tasks keep in buffers may move on.
+
+        The engine puts the buffers back after a step that was skipped, which only the device knows.
+        """
         for task in self.tasks.values():
             finish = getattr(task, "finish_step", None)
             if finish is not None:

@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import IntEnum
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from pretrain.randomness import uniform
+from pretrain.constants import constant
+from pretrain.randomness import uniform, uniform_of_streams
 from pretrain.views import patch_plan
 from pretrain.views.local import LocalConfig, LocalPlan, draw_local
 from pretrain.views.masks import MaskConfig, MaskPlan, draw_mask
@@ -289,16 +291,16 @@ def tile_crop_px(patch_px: int) -> int:
 
 def _jitter(draws: Tensor, prob: Tensor | float, strengths: Tensor) -> JitterPlan:
     """A jitter from draws (R, 9); strengths: (R or 1, 4), of brightness, contrast, saturation and hue."""
-    center = torch.tensor([1.0, 1.0, 1.0, 0.0], device=draws.device)
-    least = torch.tensor([0.0, 0.0, 0.0, -0.5], device=draws.device)
+    center = constant((1.0, 1.0, 1.0, 0.0), torch.float32, draws.device)
+    least = constant((0.0, 0.0, 0.0, -0.5), torch.float32, draws.device)
     low = torch.maximum(center - strengths, least)
     factors = torch.lerp(low, center + strengths, draws[:, 1:5])
     apply = draws[:, :1] < prob
     return JitterPlan(apply.squeeze(1), factors, order=draws[:, 5:].argsort(dim=1, stable=True))
 
 
-def _strengths(config: JitterConfig) -> list[float]:
-    return [config.brightness, config.contrast, config.saturation, config.hue]
+def _strengths(config: JitterConfig) -> tuple[float, ...]:
+    return config.brightness, config.contrast, config.saturation, config.hue
 
 
 def draw_patch_sets(config: PatchConfig, draw: Draw) -> PatchSets:
@@ -315,7 +317,7 @@ def draw_patch_sets(config: PatchConfig, draw: Draw) -> PatchSets:
         draws = draw(Stream.JIGSAW, count + 1)
         jigsaw, taken = patch_plan.take_cells(draws[:, 1:], taken, config.grid)
         jigsaw_class = (draws[:, 0] * config.num_permutations).long()
-        permutation = patch_plan.permutation_set(config.num_permutations).to(draws.device)[jigsaw_class]
+        permutation = patch_plan.permutation_set_on(draws.device, config.num_permutations)[jigsaw_class]
     if config.pair_mode == "neighbor":
         num_edges = patch_plan.neighbor_edges(config.grid).shape[1]
         draws = draw(Stream.PAIRS, num_edges + config.pairs)
@@ -347,7 +349,7 @@ def draw_tile_plan(index: Tensor, patch_px: int, draw: Draw) -> TilePlan:
     jitter = _jitter(
         draw(Stream.TILE_JITTER, 9 * num_tiles).view(-1, 9),
         TILE_JITTER.prob,
-        torch.tensor([_strengths(TILE_JITTER)], device=index.device),
+        constant((_strengths(TILE_JITTER),), torch.float32, index.device),
     )
     return TilePlan(
         index=index,
@@ -355,6 +357,36 @@ def draw_tile_plan(index: Tensor, patch_px: int, draw: Draw) -> TilePlan:
         jitter=jitter,
         gray=draw(Stream.TILE_GRAY, num_tiles) < TILE_GRAY_PROB,
     )
+
+
+@cache
+def _asked_for(views: tuple[ViewConfig, ...], patches: PatchConfig) -> dict[Stream, int]:
+    """How many numbers of each stream views of one kind need: found out when they are drawn first."""
+    return {}
+
+
+def _draw_from(
+    asked: dict[Stream, int], seed: int, epochs: Tensor, sample_ids: Tensor, first_streams: tuple[int, ...]
+) -> Draw:
+    """Numbers of all views, those of the streams in `asked` hashed together; others are added to it.
+
+    The same numbers as one by one. On a GPU, where each operation has to be launched, hashing them one by
+    one takes longer than a step of a small model.
+    """
+    device, drawn = sample_ids.device, {}
+    if asked:
+        numbers = tuple(tuple(first + stream for first in first_streams) for stream in asked)
+        table = constant(numbers, torch.int64, device)
+        together = uniform_of_streams(seed, epochs, sample_ids, table, tuple(asked.values()))
+        drawn = dict(zip(asked, together, strict=True))
+
+    def draw(stream: Stream, n: int) -> Tensor:
+        if stream in drawn and n <= drawn[stream].shape[1]:
+            return drawn[stream][:, :n].contiguous()
+        asked[stream] = max(n, asked.get(stream, 0))
+        return torch.cat([uniform(seed, epochs, sample_ids, first + stream, n) for first in first_streams])
+
+    return draw
 
 
 def draw_view_plan(
@@ -380,9 +412,8 @@ def draw_view_plan(
         patches = PatchConfig(grid=(1, 1), patch_px=1)  # no tasks
     streams = range(len(views)) if view_indices is None else view_indices
 
-    def draw(stream: Stream, n: int) -> Tensor:
-        of_views = [uniform(seed, epochs, sample_ids, v * STREAMS_PER_VIEW + stream, n) for v in streams]
-        return torch.cat(of_views)
+    asked = _asked_for(tuple(views), patches)
+    draw = _draw_from(asked, seed, epochs, sample_ids, tuple(v * STREAMS_PER_VIEW for v in streams))
 
     def shared(n: int) -> Tensor:
         """Numbers that all images of this micro step have in common, on every rank. On the CPU: they decide
@@ -390,14 +421,15 @@ def draw_view_plan(
         counter = torch.tensor(micro_step)
         return uniform(seed, 0, counter, streams[0] * STREAMS_PER_VIEW + Stream.SHARED_MASK, n)
 
-    settings = [
-        [
+    settings = tuple(
+        (
             *(view.flip_prob, view.gray_prob, view.blur.prob, *view.blur.sigma_px, view.solarize_prob),
             *(4.0 * view.turn, view.jitter.prob, *_strengths(view.jitter)),
-        ]
+        )
         for view in views
-    ]
-    rows = torch.tensor(settings, device=sample_ids.device).repeat_interleave(len(sample_ids), dim=0)
+    )
+    device = sample_ids.device
+    rows = constant(settings, torch.float32, device).repeat_interleave(len(sample_ids), dim=0)
     flip, gray, blur, sigma_low, sigma_high, solarize, turns, jitter = rows[:, :8].unbind(1)
     blur_draws = draw(Stream.BLUR, 2)
     sigma_px = torch.lerp(sigma_low, sigma_high, blur_draws[:, 1])
@@ -409,9 +441,9 @@ def draw_view_plan(
     augmented = torch.cat([sets.pairs.flatten(1), sets.jigsaw], dim=1)
     if view.patch_augment:
         augmented = torch.arange(num_patches, device=sample_ids.device).expand(len(rows), -1)
-    fixed = torch.tensor([view.fixed_turn for view in views], device=sample_ids.device)
+    fixed = constant(tuple(view.fixed_turn for view in views), torch.int64, device)
     fixed = fixed.repeat_interleave(len(sample_ids))
-    reach = torch.tensor([view.shift_px for view in views], device=sample_ids.device)
+    reach = constant(tuple(view.shift_px for view in views), torch.int64, device)
     reach = reach.repeat_interleave(len(sample_ids)).unsqueeze(1)
     shift = None
     if any(view.shift_px for view in views):

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_configs import BATCH, METHODS, reduced
 from small_config import small_config
 from torch import Tensor
 
 from pretrain import build
 from pretrain.check import check
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, load_config
 from pretrain.peers import ALONE
 from pretrain.tasks import TASKS
 from pretrain.tasks.multitask import MultiTask
@@ -180,3 +181,20 @@ def test_the_patch_sets_of_two_tasks_never_meet_and_take_at_most_half(tmp_path: 
         chosen = [set(of_task[row].tolist()) for of_task in all_sets]
         assert all(first.isdisjoint(second) for first, second in itertools.combinations(chosen, 2))
         assert sum(map(len, chosen)) <= 32
+
+
+@pytest.mark.parametrize(("symmetric", "rows"), [("false", BATCH), ("true", 2 * BATCH)])
+def test_a_view_that_only_the_teacher_looks_at_is_not_encoded(symmetric: str, rows: int) -> None:
+    path = METHODS / "moco_v2_vits16.yaml"
+    more = [f"tasks.moco_v2.symmetric={symmetric}", "tasks.moco_v2.queue_length=32"]
+    config = load_config(path, [*reduced(path, Path("shards"), 4), *more])
+    module = build.module(config, ALONE, torch.device("cpu"))
+    ids = torch.arange(BATCH)
+    crops = torch.zeros(2, BATCH, 32, 32, 3, dtype=torch.uint8)
+    inputs = module.consult(
+        module.make_teacher(), prepare(build.recipe(config), 0, crops, torch.zeros_like(ids), ids)
+    )
+    seen = []
+    module.backbone.patch_embed.register_forward_hook(lambda _, images, __: seen.append(len(images[0])))
+    assert torch.isfinite(module(inputs)["total"])
+    assert seen == [rows]
