@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.engine.engine import BufferGuard
+from pretrain.models.compiled import uncompiled
 from pretrain.settings import Settings
 from pretrain.tasks.multitask import MultiTask
 from pretrain.views.prepare import Inputs
@@ -49,7 +50,8 @@ def compare_gradients(
     device, peers = parameters[0].device, module.peers
     buffers, num_calls = BufferGuard(module), module.num_backbone_calls
     buffers.keep()
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with uncompiled(), autocast:  # compiled graphs free what a second walk back needs
         losses, weights = module.task_losses(inputs)
     flat = []
     for name, loss in losses.items():

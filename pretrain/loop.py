@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from pretrain.config import RunConfig
 from pretrain.conflict import compare_gradients, shared_parameters
 from pretrain.data.loader import Batch, Batches
 from pretrain.engine.deepspeed_engine import zero_stage
-from pretrain.engine.engine import Engine, OptimizerState, check_without_gradient
+from pretrain.engine.engine import Engine, OptimizerState, StepResult, check_without_gradient
 from pretrain.errors import PreemptedError, TrainingError
+from pretrain.garbage import collect, collected_on_time
 from pretrain.guard import Verdict, checksum, deviants
 from pretrain.memory import is_out_of_memory, out_of_memory_report
 from pretrain.metrics.meter import Meter
@@ -41,6 +43,27 @@ logger = logging.getLogger("pretrain")
 
 # what every rank adds to a step's one collective, before the work seconds of each rank
 TALLIED = ("samples", "bad_samples", "storage_retries", "stop", "write_failures")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken, and what is known of it without its numbers."""
+
+    step: int
+    result: StepResult
+    known: dict[str, float]
+    sample_ids: list[Tensor]
+    seconds: float
+    wait_seconds: float
+    sections: dict[str, float]
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether the numbers of a step are read when the next one has been handed to the device.
+
+    A GPU is then never without work. What follows from the numbers follows one step later, on all ranks.
+    """
+    return device.type == "cuda"
 
 
 class Loop:
@@ -83,7 +106,7 @@ class Loop:
         self.saver = saver
         self.reopen = reopen
         self.online_knn = online_knn
-        self.recipe: Recipe = build.recipe(config)
+        self.recipe: Recipe = build.recipe(config, place.device)
         self.num_steps = inspected.num_steps
         self.timetable = build.timetable(config, inspected.mixture.num_samples)
         self.identity = identity(config, inspected.splits)
@@ -102,6 +125,9 @@ class Loop:
         self._inputs: Inputs | None = None  # of its last micro step, where its gradients are compared
         self._values: dict[str, float] = {}  # of the last step
         self._current = 0  # the step under way
+        self._judged = 0  # the last step whose numbers were read
+        self._taken: Taken | None = None  # the step whose numbers are still to be read
+        self._reads_late = reads_late(place.device)
         self._verdict: Verdict = "go on"
         self._is_audited = False
         self._stop: str | None = None  # why all ranks are to stop after this step
@@ -112,7 +138,8 @@ class Loop:
 
     def train(self, step: int) -> None:
         try:
-            self._train(step)
+            with collected_on_time():
+                self._train(step)
         except Exception as error:
             explanation = self._explanation(error, self._current)
             if explanation is None:
@@ -125,12 +152,15 @@ class Loop:
             self.train_step(step)
             if step == started_at:
                 self.watchdog.started()
+            if self._verdict == "go on" and (self._stop or self._saves_at(step + 1)):
+                self._look_back()
             if self._verdict == "rollback":
                 step = saved_at = self._go_back()
             else:
                 step += 1
+            collect(step)
             self._compare_ranks(step)
-            if step % self.config.checkpoint.every_steps == 0 or step == self.num_steps or self._stop:
+            if self._saves_at(step) or self._stop:
                 if step != saved_at:
                     self.save(step)
                 saved_at = step
@@ -141,6 +171,9 @@ class Loop:
         if self.saver:
             with self.watchdog.section("checkpoint", step - 1):
                 self.saver.finish()
+
+    def _saves_at(self, step: int) -> bool:
+        return step % self.config.checkpoint.every_steps == 0 or step == self.num_steps
 
     def train_step(self, step: int) -> None:
         """Take the step that follows `step` finished ones."""
@@ -160,7 +193,7 @@ class Loop:
             self._update_teacher(step)
         inputs, tally = self._micro_inputs(step)
         knobs = self.timetable.knobs(step)
-        output = self.engine.train_step(inputs, knobs, tally)
+        result = self.engine.train_step(inputs, knobs, tally)
         if not self._is_audited:
             silent = [
                 f"tasks.{name}.*"
@@ -170,41 +203,55 @@ class Loop:
             allowed = [*self.config.engine.allow_without_gradient, *silent]
             check_without_gradient(self.engine.without_gradient(), allowed)
             self._is_audited = True
-        if not output.skipped:
-            self.engine.module.finish_step()
-        values = {**output.values, "grad_norm": output.grad_norm, "lr": knobs.lr}
-        values["weight_decay"] = knobs.weight_decay
+        known = {"lr": knobs.lr, "weight_decay": knobs.weight_decay}
+        known["backbone_calls"] = float(self.engine.module.num_backbone_calls)
+        if self.teacher and self.timetable.momentum:
+            known["momentum"] = self.timetable.momentum(step)
+            known["teacher_calls"] = float(self.teacher.num_calls)
+            if self.config.teacher and self.config.teacher.update == "after":
+                self.section_time.enter("teacher")
+                self._update_teacher(step, result)
+        if self._reads_late:
+            self._look_back()
+        sections = self.section_time.finish()
+        seconds, wait_seconds = time.perf_counter() - started, self.batches.wait_seconds - waited
+        known |= self._measure_knn(step)
+        self._compare_gradients(step)
+        self._taken = Taken(step, result, known, self._sample_ids, seconds, wait_seconds, sections)
+        if not self._reads_late:
+            self._look_back()
+
+    def _look_back(self) -> None:
+        """Read the numbers of the step that was taken last and not yet judged, and tell all who watch."""
+        taken, self._taken = self._taken, None
+        if taken is None:
+            return
+        step, output = taken.step, taken.result.read()
+        values = {**output.values, "grad_norm": output.grad_norm, **taken.known}
         agreed = {name: values.pop(f"extra/{place}") for place, name in enumerate(TALLIED)}
         work_seconds = [values.pop(f"extra/{len(TALLIED) + rank}") for rank in range(self.place.world_size)]
         self._stop = preempt.decode(agreed.pop("stop"), self.place.world_size)
         write_failures = agreed.pop("write_failures")
         values |= agreed
-        values["backbone_calls"] = float(self.engine.module.num_backbone_calls)
-        if self.teacher and self.timetable.momentum:
-            values["momentum"] = self.timetable.momentum(step)
-            values["teacher_calls"] = float(self.teacher.num_calls)
-            if self.config.teacher and self.config.teacher.update == "after" and not output.skipped:
-                self.section_time.enter("teacher")
-                self._update_teacher(step)
-        sections = self.section_time.finish()
-        seconds, wait_seconds = time.perf_counter() - started, self.batches.wait_seconds - waited
-        values |= self._measure_knn(step)
-        self._compare_gradients(step)
         if self.meter:
             self.meter.record(
                 step + 1,
                 values,
                 skipped=output.skipped,
-                seconds=seconds,
-                wait_seconds=wait_seconds,
-                sections=sections,
+                seconds=taken.seconds,
+                wait_seconds=taken.wait_seconds,
+                sections=taken.sections,
             )
         if self.rank_meter:
             calls = {"backbone": values["backbone_calls"], "teacher": values.get("teacher_calls", 0.0)}
             read, process_ids = self.batches.counts, self.batches.process_ids
-            self.rank_meter.record(step + 1, seconds, wait_seconds, sections, read, process_ids, calls)
+            times = taken.seconds, taken.wait_seconds, taken.sections
+            self.rank_meter.record(step + 1, *times, read, process_ids, calls)
         self._values = values
-        self._verdict = self.oversight.saw(step, output, work_seconds, self._all_sample_ids)
+        self._judged = step
+        self._verdict = self.oversight.saw(
+            step, output, work_seconds, lambda: self._all_sample_ids(taken.sample_ids)
+        )
         if (step + 1) % self.config.log.every_steps == 0:
             self._publish_speeds(work_seconds)
         if self.saver:
@@ -260,7 +307,8 @@ class Loop:
         if self.meter:
             self.meter.publish_gradients(found)
 
-    def _update_teacher(self, step: int) -> None:
+    def _update_teacher(self, step: int, after: StepResult | None = None) -> None:
+        """after: the step it follows, if any; where that was skipped, the teacher stays where it is."""
         assert self.teacher is not None
         assert self.timetable.momentum is not None
         module = self.engine.module
@@ -270,7 +318,11 @@ class Loop:
                 for name, value in self.engine.student(module.get_submodule(part)):
                     yield f"{part}.{name}", value
 
-        self.teacher.update(student(), self.timetable.momentum(step))
+        if after is not None and not self._reads_late and after.read().skipped:
+            return
+        unless = after.skipped if after is not None and self._reads_late else None
+        is_whole = zero_stage_of(self.config) < 3
+        self.teacher.update(student(), self.timetable.momentum(step), unless, at_once=is_whole)
 
     def _micro_inputs(self, step: int) -> tuple[Iterator[Inputs], Callable[[], Tensor]]:
         """Inputs of the micro steps, made one at a time, and what they add up to once they are all made."""
@@ -314,7 +366,7 @@ class Loop:
             counts = [float(read.num_bad), float(read.num_retries), self.preemption.code()]
             work_seconds = [0.0] * self.place.world_size
             work_seconds[self.place.rank] = self.work_time.seconds
-            own = torch.tensor([*counts, float(failures), *work_seconds], dtype=torch.float64, device=device)
+            own = brought([*counts, float(failures), *work_seconds], device)
             return torch.cat([torch.stack(digests).sum().to(device).unsqueeze(0), own])
 
         return generate(), tally
@@ -332,9 +384,9 @@ class Loop:
         ):
             next(self.batches)
 
-    def _all_sample_ids(self) -> list[int]:
-        """Of the step under way, on every rank, in the order of the global batch's micro steps."""
-        of_ranks = cluster.from_all([ids.tolist() for ids in self._sample_ids])
+    def _all_sample_ids(self, own: Sequence[Tensor]) -> list[int]:
+        """Of a step, on every rank, in the order of the global batch. own: of each micro step, (B,)"""
+        of_ranks = cluster.from_all([ids.tolist() for ids in own])
         return [sample for micro in zip(*of_ranks, strict=True) for ids in micro for sample in ids]
 
     def _go_back(self) -> int:
@@ -349,12 +401,14 @@ class Loop:
             folder = self.saver.newest_up_to(bad)
             if folder is None:
                 raise TrainingError(
-                    f"step {self._current + 1}: there is no checkpoint to go back to; lower optim.base_lr or "
+                    f"step {self._judged + 1}: there is no checkpoint to go back to; lower optim.base_lr or "
                     "set engine.precision=fp32, or save more often with checkpoint.every_steps"
                 )
             saved = checkpoint.read_checkpoint(folder)
             start, step = self.inspected.data_start_step, int(saved.state["step"])
-            self.passed_over = self.passed_over.add(bad - start, self._current - start)
+            self.passed_over = self.passed_over.add(bad - start, self._judged - start)
+            self._taken = None  # trained on weights that are gone; its samples come again
+            self._verdict = "go on"
             self.oversight.went_back(step, saved.state.get("guard"))
             problem = self._note_rollback(step) if self.place.is_first else None
             problem = cluster.from_first(problem)
@@ -373,7 +427,7 @@ class Loop:
             step,
             folder,
             bad + 1,
-            self._current + 1,
+            self._judged + 1,
             self.oversight.num_rollbacks,
             self.config.guard.max_rollbacks,
         )
@@ -466,6 +520,12 @@ class Loop:
             "guard": self.oversight.state(),
             "passed_over": self.passed_over.to_json(),
         }
+
+
+def brought(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """float64 (n,) on the device, which is not waited for."""
+    host = torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def zero_stage_of(config: RunConfig) -> int:

@@ -32,6 +32,7 @@ from pretrain.evaluate.protocols import PROTOCOLS, method_of
 from pretrain.evaluate.shards import USUAL_SPLITS, LabelledSplit, decode_and_crop, find_split
 from pretrain.export.timm_folder import crop_ratio
 from pretrain.models.backbone import encode, num_features
+from pretrain.models.compiled import uncompiled
 from pretrain.models.teacher import Teacher
 from pretrain.peers import Peers
 from pretrain.tokens import TokenLayout
@@ -217,7 +218,7 @@ class OnlineKnn:
         for start in range(0, len(self.places), self.config.batch_size):
             part = slice(start, start + self.config.batch_size)
             pixels = normalize(self.images[part].to(device).float() / 255, colours.mean, colours.std)
-            with autocast:
+            with uncompiled(), autocast:  # batches of other sizes than those of a step
                 tokens = encode(backbone, pixels, layout).final
             if self.feature == "class" and layout.has_class_token:
                 features = layout.class_token(tokens)

@@ -93,24 +93,21 @@ def check_optimizer_stage(optim: OptimConfig, stage: int) -> None:
 
 
 class Optimizer(torch.optim.Optimizer):
-    """An optimizer that leaves weights and state as they are while `skipping` is set.
+    """An optimizer that can be told, by numbers that only its device knows, to pass a step or to shorten it.
 
-    A step whose gradients are not finite on any rank is skipped through this flag at every ZeRO stage, so
-    that DeepSpeed keeps its own books (it skips such a step by itself at some stages and takes it at others).
-    Stands before the library's class among the bases.
+    A step whose gradients are not finite on any rank leaves weights and state as they are, at every ZeRO
+    stage, so that DeepSpeed keeps its own books (it skips such a step by itself at some stages and takes it
+    at others). Stands before the library's class among the bases.
     """
 
-    skipping = False
+    # names and meaning are torch's, whose fused kernels read them without waiting for the device
+    found_inf: Tensor | None = None  # float32 (), 1 to pass this step
+    grad_scale: Tensor | None = None  # float32 (), what the gradients are divided by first
 
     @property
     @abstractmethod
     def state_keys(self) -> tuple[str, ...]:
         """Of the state: the tensors shaped like the parameter. A checkpoint holds these."""
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        if self.skipping:
-            return None
-        return super().step(closure)
 
     def state_for(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter, made now (all zero) if the parameter was never stepped."""
@@ -131,8 +128,7 @@ class AdamW(Optimizer, torch.optim.AdamW):
     def state_for(self, parameter: Tensor) -> dict[str, Tensor]:
         state = super().state_for(parameter)
         if "step" not in state:
-            # torch's fused kernel counts on the device, the others on the CPU
-            state["step"] = torch.zeros((), device=parameter.device if self.defaults["fused"] else "cpu")
+            state["step"] = torch.zeros((), device=parameter.device)  # the fused kernel counts on the device
         return state
 
 
@@ -145,7 +141,7 @@ class _Momentum(Optimizer):
 
 
 class SGD(_Momentum, torch.optim.SGD):
-    """torch's SGD."""
+    """torch's SGD. Its state must exist before a step is passed (`state_for`)."""
 
 
 class Lars(_Momentum, timm.optim.Lars):  # type: ignore[misc]
@@ -155,8 +151,18 @@ class Lars(_Momentum, timm.optim.Lars):  # type: ignore[misc]
     is 0; the rate is applied after the momentum, as in torch's SGD. Not LARC: the trust ratio is not clipped.
     The releases of SimCLR and BYOL divide by |g + wd * w| instead, which is never more; the two agree where
     wd * |w| is far below |g|. A group is adapted if `always_adapt` is set or it has a weight decay, which
-    `build_optimizer` and `set_knobs` give to the same groups.
+    `build_optimizer` and `set_knobs` give to the same groups. It has no fused kernel: every step waits for
+    the device.
     """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if self.found_inf is not None and self.found_inf.item():
+            return None
+        if self.grad_scale is not None:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_(gradients, self.grad_scale)
+        loss: float | None = super().step(closure)
+        return loss
 
 
 def parameter_groups(
@@ -212,13 +218,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig, rules: Sequence[Param
     """Rate and weight decay are set before every step (`set_knobs`), so they start at zero."""
     groups = parameter_groups(model, config.decay, rules)
     if config.name == "adamw":
-        fused = all(p.is_cuda for group in groups for p in group["params"])
-        return AdamW(
-            groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=fused or None
-        )
+        return AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)
     settings: dict[str, Any] = {"lr": 0.0, "momentum": config.momentum, "nesterov": config.nesterov}
     if config.name == "sgd":
-        return SGD(groups, **settings)
+        return SGD(groups, fused=True, **settings)
     for group in groups:
         # biases and norms are excluded from adaptation (Grill et al., 2020, arXiv:2006.07733, section 3.3)
         group["always_adapt"] = group["decayed"]

@@ -20,6 +20,7 @@ from pretrain.data.loader import open_batches
 from pretrain.engine.deepspeed_engine import zero_stage
 from pretrain.engine.engine import Engine
 from pretrain.loop import Loop
+from pretrain.models.teacher import Teacher
 from pretrain.peers import ALONE, Peers
 from pretrain.preflight import Inspected, Request, describe, inspect
 from pretrain.tasks.multitask import MultiTask
@@ -92,13 +93,14 @@ def _rehearse(request: Request, inspected: Inspected, place: cluster.Cluster) ->
     try:
         module = build.module(config, stand_in(place.world_size), device, inspected.mixture.num_samples)
         teacher = module.make_teacher() if config.teacher else None
-        engine = _engine(request, inspected, module)
+        engine = _engine(request, inspected, module, teacher)
         loop = Loop(request, inspected, place, engine, teacher, None, batches, None)
         build_seconds = time.perf_counter() - started
+        compiled = build.compiles(config, device.type)  # then the first step says little about the others
         seconds: list[float] = []
         wait_seconds = 0.0
         for step in range(min(2, inspected.num_steps)):
-            if seconds and seconds[0] > WARM_SECONDS:
+            if seconds and seconds[0] > WARM_SECONDS and not compiled:
                 break
             waited, begin = batches.wait_seconds, time.perf_counter()
             loop.train_step(step)
@@ -123,12 +125,12 @@ def _rehearse(request: Request, inspected: Inspected, place: cluster.Cluster) ->
     )
 
 
-def _engine(request: Request, inspected: Inspected, module: MultiTask) -> Engine:
+def _engine(request: Request, inspected: Inspected, module: MultiTask, teacher: Teacher | None) -> Engine:
     """The run's engine with a world of one, whose global batch is the share of rank 0."""
     per = inspected.sizes
     share = per.micro_batch * per.accumulation_steps
     batch = request.config.batch.model_copy(update={"global_size": share})
-    return build.engine(request.config.model_copy(update={"batch": batch}), module, ALONE)
+    return build.engine(request.config.model_copy(update={"batch": batch}), module, ALONE, teacher)
 
 
 def _peak_bytes(device: torch.device) -> int:

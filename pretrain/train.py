@@ -242,7 +242,7 @@ def _run(
         if config.online_knn:
             lengths = inspected.num_steps, inspected.mixture.num_samples
             online_knn = OnlineKnn(config, module.backbone, *lengths, peers)
-        engine = build.engine(config, module, peers)
+        engine = build.engine(config, module, peers, teacher)
         if saved:
             restore_optimizer(engine, saved)
             logger.info("resumed from %s at step %d", saved.folder, step)

@@ -10,6 +10,8 @@ import pytest
 
 # tiny models gain nothing from a second thread, and lose much where several processes share few cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch's compiler would start as many processes as there are cores beside those of the tests
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

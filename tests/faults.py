@@ -336,6 +336,11 @@ def short_lease(rank: int, *, seconds: float) -> None:
     attempts.Attempt.__init__ = made  # type: ignore[method-assign]
 
 
+def numbers_come_late(rank: int) -> None:
+    """The numbers of a step are read when the next one was taken, as on a GPU."""
+    loop.reads_late = lambda device: True
+
+
 def apply(rank: int, accumulation_steps: int, faults: Collection[tuple[str, dict[str, Any]]]) -> None:
     follow(accumulation_steps)
     for name, settings in faults:

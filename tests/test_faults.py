@@ -443,7 +443,8 @@ def test_a_run_that_was_not_given_the_time_to_save_goes_on_from_its_last_checkpo
 ) -> None:
     """Row 12: TERM, and KILL before the step under way ends."""
     run, killed = runs.folder / "run", fault("send_signals", step=5, names=("TERM", "KILL"))
-    runs.start("run", killed, fault("pace", seconds=0.05)).ends(-signal.SIGKILL)
+    settings = ["checkpoint.asynchronous=false"]  # so that the one of step 4 is there
+    runs.start("run", killed, fault("pace", seconds=0.05), settings=settings).ends(-signal.SIGKILL)
     started = runs.go_on("run").ends(0)
     assert f"resumed from {run / 'checkpoints' / 'step-00000004'} at step 4" in started.output()
     assert "attempt 1" in started.output()
@@ -747,6 +748,68 @@ def test_a_run_that_has_nothing_to_go_back_to_says_so(runs: Runs) -> None:
     assert "stopped: step 2: there is no checkpoint to go back to" in started.output()
     last = (runs.folder / "run" / "train.log").read_text().splitlines()[-1]
     assert " stopped: step 2: there is no checkpoint to go back to" in last
+
+
+LATE = fault("numbers_come_late")
+
+
+def test_numbers_that_come_a_step_late_change_nothing(runs: Runs, whole: Path) -> None:
+    runs.start("run", LATE, settings=["checkpoint.every_steps=5"]).ends(0)
+    run = runs.folder / "run"
+    assert digests(run) == digests(whole)
+    timeless = ("total", "grad_norm", "lr", "momentum", "backbone_calls", "feature_std")
+    for found, expected in zip(records(run), records(whole), strict=True):
+        assert {name: found[name] for name in timeless} == {name: expected[name] for name in timeless}
+    assert_same_but_for_rounding(run, whole)
+
+
+def assert_same_but_for_rounding(run: Path, other: Path) -> None:
+    """The teacher's average is a sum of two products there, and the device decides whether it moves."""
+    one, two = (checkpoint.list_checkpoints(folder)[0] for folder in (run, other))
+    assert_same_tensors(one, two, checkpoint.STUDENT, checkpoint.OPTIMIZER)
+    found, expected = (load_file(folder / checkpoint.TEACHER) for folder in (one, two))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_run_goes_back_a_step_late_to_the_same_place(runs: Runs, whole: Path) -> None:
+    """The step that was taken before it was known leaves no trace: its samples come again."""
+    settings = ["guard.max_nonfinite_steps=3", "checkpoint.every_steps=3", *INLINE]
+    poison = fault("spoil_loss", data_steps=[3, 4, 5, 6])
+    runs.start("early", poison, settings=settings).ends(0)
+    started = runs.start("late", poison, LATE, settings=settings).ends(0)
+    assert "the samples of steps 4 to 6 are passed over (1 of 2 times)" in started.output()
+    late, early = runs.folder / "late", runs.folder / "early"
+    assert digests(late) == digests(early)
+    assert_same_but_for_rounding(late, early)
+    noted = [(found["step"], found["kind"]) for found in anomalies(late)]
+    assert noted == [(found["step"], found["kind"]) for found in anomalies(early)]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_signal_that_is_known_a_step_late_stops_all_ranks_together(runs: Runs, whole_of_two: Path) -> None:
+    term = fault("send_signals", on=0, step=4, names=("TERM",))
+    settings = ["checkpoint.every_steps=50"]
+    started = runs.start("run", LATE, term, ranks=2, settings=settings).ends(75)
+    assert "stopped: signal TERM: saved at step 6 of 12" in started.output()
+    runs.go_on("run", LATE, ranks=2, settings=settings).ends(0)
+    assert digests(runs.folder / "run") == digests(whole_of_two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["rollback", "stop"])
+def test_a_spike_that_is_known_a_step_late_is_acted_on(action: str, runs: Runs, whole: Path) -> None:
+    spike = f"guard.loss_spike={{window: 8, min_steps: 4, threshold: 30.0, action: {action}}}"
+    spoilt = fault("spoil_loss", data_steps=[6], factor=100.0)
+    started = runs.start("run", LATE, spoilt, settings=[spike]).ends(1 if action == "stop" else 0)
+    run = runs.folder / "run"
+    assert anomalies(run)[0]["sample_ids"] == sample_ids(runs.config, 6)
+    if action == "rollback":
+        assert_passed_over(run, whole, 6, 6)
+    else:
+        assert "stopped: step 7: the loss is" in started.output()
+        assert steps_saved(run) == [2, 4, 6]
 
 
 @pytest.mark.parametrize("action", ["log", "rollback", "stop"])

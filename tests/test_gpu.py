@@ -1,20 +1,31 @@
-"""What only a GPU can show: engines, both kinds of data, and a resume, on CUDA. Run by `make gpu-check`."""
+"""What only a GPU can show: engines, both kinds of data, a resume, and steps that wait for nothing, on CUDA.
+
+Run by `make gpu-check`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from method_configs import METHODS, reduced
 from small_shards import samples, write_shard
 from test_train import CONFIG, records, samples_seen, train
 
+from pretrain import build, cluster
 from pretrain.cli import main
+from pretrain.config import RunConfig, load_config
 from pretrain.data.indexing import index_folder
 from pretrain.data.loader import DataConfig, open_batches, open_splits
 from pretrain.data.transfer import DeviceBatches, _pin
+from pretrain.engine.engine import StepResult
+from pretrain.optim import Knobs
+from pretrain.peers import ALONE
 from pretrain.views.plan import ViewConfig
+from pretrain.views.prepare import Moment, prepare, with_labels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,3 +91,91 @@ def test_memory_that_cannot_be_pinned_does_not_break_what_follows() -> None:
     assert _pin(tensor, device)
     assert not _pin(tensor, device)  # a second time CUDA refuses
     assert torch.ones(8, device=device).sum().item() == 8
+
+
+def stepper(config: RunConfig) -> Callable[[int], StepResult]:
+    """Steps of a run, from crops on the device to the teacher's average; gives a step's numbers unread."""
+    device, size = torch.device("cuda", 0), config.batch.global_size
+    sides = [view.size_px for view in config.views.values()]
+    crops = [
+        torch.randint(0, 256, (sides.count(side), size, side, side, 3), dtype=torch.uint8, device=device)
+        for side in dict.fromkeys(sides)
+    ]
+    ids = torch.arange(size, device=device)
+    module = build.module(config, ALONE, device, num_samples=size)
+    teacher = module.make_teacher() if config.teacher else None
+    engine = build.engine(config, module, ALONE, teacher)
+    recipe = build.recipe(config, device)
+    nothing = torch.zeros(0, dtype=torch.float64, device=device)
+    knobs = Knobs(lr=1e-4, peak_lr=1e-4, weight_decay=0.05, epoch=2.0)
+
+    def step(number: int) -> StepResult:
+        inputs = prepare(recipe, 0, crops, torch.zeros_like(ids), ids, number)
+        inputs = with_labels(inputs, ids % 2, Moment(number, 10, 2.0))
+        if teacher:
+            with torch.autocast("cuda", torch.bfloat16):
+                inputs = module.consult(teacher, inputs)
+        result = engine.train_step(iter([inputs]), knobs, lambda: nothing)
+        if teacher:
+            student = (
+                (f"{part}.{name}", value)
+                for part in teacher.parts
+                for name, value in engine.student(module.get_submodule(part))
+            )
+            teacher.update(student, 0.99, result.skipped)
+        return result
+
+    return step
+
+
+METHODS_WATCHED = ("core", "moco_v3_vits16", "dino_vits16", "mae_vitb16")
+
+
+def check_that_steps_do_not_wait(method: str, engine: str, compiled: str = "off") -> None:
+    """But for the numbers of the step before, which are there when the next is under way."""
+    if method == "core":
+        path, smaller = METHODS.parent / "demo.yaml", ["batch.global_size=8", "data.lanes=1"]
+    else:
+        path = METHODS / f"{method}.yaml"
+        smaller = reduced(path, Path("shards"), 4)
+    chosen = [f"engine.kind={engine}", "engine.precision=bf16", f"engine.compile={compiled}"]
+    config = load_config(path, [*smaller, *chosen, "batch.accumulation_steps=1"])
+    step = stepper(config)
+    before = [step(number) for number in range(2)][-1]  # tables, states and kernels are made
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(2, 6):
+            result = step(number)
+            assert math.isfinite(before.read().values["total"]), method
+            before = result
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not before.read().skipped, method
+
+
+@pytest.mark.parametrize("method", METHODS_WATCHED)
+def test_nothing_in_a_steady_step_waits_for_the_device(method: str) -> None:
+    check_that_steps_do_not_wait(method, "local")
+
+
+def test_nothing_in_a_steady_compiled_step_does() -> None:
+    check_that_steps_do_not_wait("core", "local", compiled="on")
+
+
+def test_nothing_in_a_steady_step_of_deepspeed_does() -> None:
+    """In one test: DeepSpeed cannot meet a second time in one process."""
+    with cluster.connected(cluster.Cluster()):
+        for method in METHODS_WATCHED:
+            check_that_steps_do_not_wait(method, "deepspeed")
+
+
+def test_a_wait_is_noticed() -> None:
+    """What the test above rests on."""
+    number = torch.ones(1, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            number.item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

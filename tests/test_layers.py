@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "pretrain"
 
 LAYERS = {
     "core": {
+        "constants",
         "randomness",
         "tokens",
         "losses",
@@ -38,6 +39,7 @@ LAYERS = {
         "watchdog",
         "watchdog_process",
         "memory",
+        "garbage",
         "work_time",
         "section_time",
     },

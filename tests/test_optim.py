@@ -204,7 +204,7 @@ def test_it_is_torchs_optimizer_with_our_numbers(
 ) -> None:
     ours, theirs = small_model(), small_model()
     optimizer = build_optimizer(ours, OptimConfig(**settings))
-    other = reference(torch_groups(theirs, 0.3), lr=0.1)
+    other = reference(torch_groups(theirs, 0.3), lr=0.1, fused=True)
     for seed in range(3):
         step(ours, optimizer, seed)
         set_gradients(theirs, seed)
@@ -283,13 +283,16 @@ def test_a_skipped_step_changes_nothing_and_the_next_is_as_if_it_had_not_been(
     for seed in range(num_steps_before):
         step(model, optimizer, seed)
         step(twin, other, seed)
+    for parameter, twin_parameter in zip(model.parameters(), twin.parameters(), strict=True):
+        optimizer.state_for(parameter)  # as the engines do
+        other.state_for(twin_parameter)
     before = snapshot(model, optimizer)
-    optimizer.skipping = True
+    optimizer.found_inf = torch.ones(())
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
     optimizer.step()
     assert same(snapshot(model, optimizer), before)
-    optimizer.skipping = False
+    optimizer.found_inf = None
     step(model, optimizer, 9)
     step(twin, other, 9)
     assert same(snapshot(model, optimizer), snapshot(twin, other))
@@ -298,9 +301,9 @@ def test_a_skipped_step_changes_nothing_and_the_next_is_as_if_it_had_not_been(
 
 def test_the_switch_belongs_to_one_optimizer() -> None:
     first, second = (build_optimizer(small_model(), OptimConfig()) for _ in range(2))
-    first.skipping = True
-    assert not second.skipping
-    assert not AdamW.skipping
+    first.found_inf = torch.ones(())
+    assert second.found_inf is None
+    assert AdamW.found_inf is None
 
 
 @pytest.mark.parametrize(

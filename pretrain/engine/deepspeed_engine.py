@@ -23,16 +23,15 @@ from pretrain.engine.engine import (
     EngineConfig,
     GradientAudit,
     OptimizerState,
-    StepOutput,
+    StepResult,
     Tally,
     buffer_dtypes,
     check_buffer_dtypes,
     check_weights,
-    clip_each,
-    clip_together,
     gather_values,
     shapes_of,
     sum_of_squares,
+    tell_optimizer,
 )
 from pretrain.engine.host_memory import HostMemory
 from pretrain.errors import ConfigError, nearest
@@ -170,6 +169,8 @@ def resolve(config: EngineConfig, sizes: tuple[int, int, int], num_parameters: i
         },
         "bf16": {"enabled": False, "check_grad_overflow": False},  # a step is skipped here, on all ranks
         "fp16": {"enabled": False},
+        # its clock would wait for the device twice in every step
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
 
 
@@ -216,7 +217,6 @@ class DeepSpeedEngine:
         self.shapes = {name: self.all_shapes[name] for name in self.parameters}
         self.audit = GradientAudit(self.parameters)
         self.optimizer = build_optimizer(module, optim, rules)
-        self.num_steps = 0
         num_parameters = sum(p.numel() for p in self.parameters.values())
         dtypes = buffer_dtypes(module)
         self.settings = resolve(config, (global_batch, accumulation, peers.world_size), num_parameters)
@@ -235,6 +235,7 @@ class DeepSpeedEngine:
                 deepspeed.zero.register_external_parameter(module, parameter)
         self._link_optimizer_state()
         self.buffers = BufferGuard(module)
+        self._num_steps = torch.zeros((), dtype=torch.int64, device=self.engine.device)
 
     def _flats(self) -> list[Tensor]:
         """What the optimizer steps: the parameters themselves, or this rank's flat partitions of them."""
@@ -258,7 +259,7 @@ class DeepSpeedEngine:
         partitions = self.engine.optimizer.averaged_gradients.values()
         return [gradient for partition in partitions if partition is not None for gradient in partition]
 
-    def train_step(self, micro_inputs: Iterator[Inputs], knobs: Knobs, tally: Tally) -> StepOutput:
+    def train_step(self, micro_inputs: Iterator[Inputs], knobs: Knobs, tally: Tally) -> StepResult:
         outputs = []
         self.buffers.keep()
         for micro_step in range(self.accumulation_steps):
@@ -274,23 +275,15 @@ class DeepSpeedEngine:
         if self.stage == 0:
             squares = squares / self.peers.world_size  # every rank holds all of it
         with torch.no_grad():
-            values, grad_norm, skipped = gather_values(
-                outputs, squares, extra, self.peers.sum, self.peers.world_size
-            )
-        if self.optim.clip_norm and self.optim.clip == "tensor":
-            clip_each(gradients, self.optim.clip_norm)  # whole tensors: the stage is 0
-        elif self.optim.clip_norm:
-            clip_together(gradients, grad_norm, self.optim.clip_norm)
+            result = gather_values(outputs, squares, extra, self.peers.sum, self.peers.world_size)
+        tell_optimizer(self.optimizer, self.optim, gradients, result)
         set_knobs(self.optimizer, knobs)
-        self.optimizer.skipping = skipped
         del gradients  # DeepSpeed frees them before it steps
         self.engine.step()
-        self.optimizer.skipping = False
-        if skipped:
-            self.buffers.restore()
-        else:
-            self.num_steps += 1
-        return StepOutput(values, grad_norm, skipped)
+        self._num_steps += ~result.skipped
+        self.module.finish_step()
+        self.buffers.restore(result.skipped)
+        return result
 
     def student(self, of: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in of.named_parameters():
@@ -314,7 +307,7 @@ class DeepSpeedEngine:
                 value = self._full_state(parameter, key)
                 if self.peers.rank == 0:
                     tensors[f"{key}.{name}"] = host.copy(f"{key}.{name}", value)
-        return OptimizerState(self.num_steps, tensors)
+        return OptimizerState(int(self._num_steps), tensors)
 
     def _full_state(self, parameter: Any, key: str) -> Tensor:
         """Like the parameter, fp32."""
@@ -360,7 +353,7 @@ class DeepSpeedEngine:
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         state.check(self.optimizer.state_keys, self.shapes)
-        self.num_steps = state.num_steps
+        self._num_steps.fill_(state.num_steps)
         for flat in self._flats():
             own = self.optimizer.state_for(flat)
             if "step" in own:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from torch import Tensor, nn
 
 from pretrain.engine.host_memory import HostMemory
 from pretrain.errors import CheckpointError, ConfigError, TrainingError
-from pretrain.optim import Knobs
+from pretrain.optim import Knobs, OptimConfig, Optimizer
 from pretrain.tasks.multitask import MultiTask
 from pretrain.views.prepare import Inputs
 
@@ -28,6 +29,11 @@ class StepOutput:
     skipped: bool  # a loss or gradient was not finite on some rank, so nothing was changed on any
 
 
+def _switch(value: Any) -> Any:
+    """YAML reads a bare `on` as true and `off` as false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class EngineConfig(BaseModel):
     """How the module is trained: by DeepSpeed, or by plain torch on one process."""
 
@@ -39,6 +45,9 @@ class EngineConfig(BaseModel):
         "fp32"  # over ranks, with bf16 precision; bf16 halves the traffic
     )
     recompute: bool = False  # recompute blocks in the backward pass to save memory
+    # blocks of backbone and decoders, and the views where they are made on a GPU; auto: all of it on a GPU
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs", "reduce-overhead"] = "default"
     # names, with * and ?, of trained parameters that may stay without a gradient in the first step
     allow_without_gradient: tuple[str, ...] = ()
     deepspeed: dict[str, object] = {"zero_optimization": {"stage": 1}}  # or the path of a JSON file
@@ -88,8 +97,10 @@ class Engine(Protocol):
 
     module: MultiTask
 
-    def train_step(self, micro_inputs: Iterator[Inputs], knobs: Knobs, tally: Tally) -> StepOutput:
-        """Take one optimizer step on `accumulation_steps` inputs from the iterator.
+    def train_step(self, micro_inputs: Iterator[Inputs], knobs: Knobs, tally: Tally) -> StepResult:
+        """Take one optimizer step on `accumulation_steps` inputs from the iterator, and tell the tasks.
+
+        A step with a loss or gradient that is not finite on some rank changes no weight, state or buffer.
 
         knobs: rate and weight decay of this step, and the epoch it is in.
         tally: asked once the inputs are used up; float64 (E,) of this rank, summed over ranks along with
@@ -132,18 +143,49 @@ class Engine(Protocol):
         ...
 
 
+class StepResult:
+    """One optimizer step whose numbers are still on the device. Asking for them waits for that step only.
+
+    On a GPU their copy into pinned memory follows the step at once, so to ask a step later, when the device
+    has been given the next one to do, costs it no time.
+    """
+
+    def __init__(self, names: Sequence[str], summed: Tensor, world_size: int) -> None:
+        """names: of the means, which are the last of `summed`. summed: float64 (2 + E + means,) over all
+        ranks, of whether something was not finite, squares of the gradients, what the ranks tallied, means.
+        """
+        self._names = names
+        self._world_size = world_size
+        self.skipped = summed[0] > 0  # bool (), on the device
+        self.grad_norm = summed[1].sqrt()  # float64 (), on the device
+        self._numbers = summed.to("cpu", non_blocking=True)
+        self._copied: torch.cuda.Event | None = None
+        if summed.is_cuda:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def read(self) -> StepOutput:
+        if self._copied is not None:
+            self._copied.synchronize()
+        numbers = self._numbers.tolist()
+        first_mean = len(numbers) - len(self._names)
+        values = {f"extra/{i}": value for i, value in enumerate(numbers[2:first_mean])}
+        means = zip(self._names, numbers[first_mean:], strict=True)
+        values |= {name: value / self._world_size for name, value in means}
+        return StepOutput(values, math.sqrt(numbers[1]), numbers[0] > 0)
+
+
 def gather_values(
     outputs: list[dict[str, Tensor]],
     squares: Tensor,
     extra: Tensor,
     sum_over_ranks: Callable[[Tensor], Tensor],
     world_size: int,
-) -> tuple[dict[str, float], float, bool]:
+) -> StepResult:
     """Average the outputs of the micro steps over micro steps and ranks, and agree on whether to skip.
 
-    squares: float64 (), this rank's share of the squared gradient norm. One collective and one wait for the
-    device per step. Returns the named values, the global gradient norm, and whether a loss or a gradient was
-    not finite on any rank.
+    squares: float64 (), this rank's share of the squared gradient norm. One collective per step, and nothing
+    waits for the device.
     """
     names = list(outputs[0])
     means = torch.stack([torch.stack([output[name].double() for name in names]) for output in outputs]).mean(
@@ -151,11 +193,8 @@ def gather_values(
     )
     nonfinite = ~(torch.isfinite(squares) & torch.isfinite(means[names.index("total")]))
     head = torch.stack([nonfinite.double(), squares])
-    summed = sum_over_ranks(torch.cat([head, extra.to(means.device, torch.float64), means])).tolist()
-    first_mean = 2 + len(extra)
-    values = {f"extra/{i}": value for i, value in enumerate(summed[2:first_mean])}
-    values |= {name: value / world_size for name, value in zip(names, summed[first_mean:], strict=True)}
-    return values, summed[1] ** 0.5, summed[0] > 0
+    summed = sum_over_ranks(torch.cat([head, extra.to(means.device, torch.float64), means]))
+    return StepResult(names, summed, world_size)
 
 
 def sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
@@ -165,14 +204,21 @@ def sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
 
-def clip_together(gradients: list[Tensor], norm: float, max_norm: float) -> None:
-    """Shorten all gradients, in place and by one factor, if their common `norm` is above `max_norm`.
+def tell_optimizer(
+    optimizer: Optimizer, optim: OptimConfig, gradients: list[Tensor], result: StepResult
+) -> None:
+    """Have the next step passed where the result says so, and its gradients clipped as the config says.
 
-    As torch's `clip_grad_norm_`, with its 1e-6; the norm is known already, so no gradient is read twice.
+    Together, as torch's `clip_grad_norm_`, with its 1e-6: the norm is known already, and the optimizer's own
+    kernel divides, so no gradient is read twice. gradients: whole tensors where each is clipped by itself.
     """
-    factor = max_norm / (norm + 1e-6)
-    if gradients and factor < 1.0:
-        torch._foreach_mul_(gradients, factor)
+    optimizer.found_inf, optimizer.grad_scale = result.skipped.float(), None
+    if not optim.clip_norm:
+        return
+    if optim.clip == "tensor":
+        clip_each(gradients, optim.clip_norm)
+    else:
+        optimizer.grad_scale = ((result.grad_norm + 1e-6) / optim.clip_norm).clamp(min=1.0).float()
 
 
 def clip_each(gradients: list[Tensor], max_norm: float) -> None:
@@ -284,13 +330,14 @@ class BufferGuard:
         self._kept = [buffer.clone() for buffer in self._buffers]
 
     def keep(self) -> None:
-        _copy(self._buffers, self._kept)
+        """All at once: on a GPU one launch instead of one for each of many small tensors."""
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
 
-    def restore(self) -> None:
-        _copy(self._kept, self._buffers)
-
-
-def _copy(source: list[Tensor], target: list[Tensor]) -> None:
-    """All at once: on a GPU one launch instead of one for each of many small tensors."""
-    if source:
-        torch._foreach_copy_(target, source)
+    def restore(self, where: Tensor | None = None) -> None:
+        """Always, or if `where`, bool () on the device, says so."""
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            if where is None:
+                buffer.copy_(kept)
+            else:
+                torch.where(where, kept, buffer, out=buffer)

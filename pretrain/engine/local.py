@@ -11,14 +11,13 @@ from pretrain.engine.engine import (
     BufferGuard,
     GradientAudit,
     OptimizerState,
-    StepOutput,
+    StepResult,
     Tally,
     check_weights,
-    clip_each,
-    clip_together,
     gather_values,
     shapes_of,
     sum_of_squares,
+    tell_optimizer,
 )
 from pretrain.engine.host_memory import HostMemory
 from pretrain.optim import Knobs, OptimConfig, ParameterRule, build_optimizer, set_knobs
@@ -43,12 +42,15 @@ class LocalEngine:
         self.optim = optim
         self.optimizer = build_optimizer(module, optim, rules)
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.num_steps = 0
-        self.device_type = next(module.parameters()).device.type
+        for parameter in self.parameters.values():
+            self.optimizer.state_for(parameter)
+        device = next(module.parameters()).device
+        self.device_type = device.type
+        self._num_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.buffers = BufferGuard(module)
         self.audit = GradientAudit(self.parameters)
 
-    def train_step(self, micro_inputs: Iterator[Inputs], knobs: Knobs, tally: Tally) -> StepOutput:
+    def train_step(self, micro_inputs: Iterator[Inputs], knobs: Knobs, tally: Tally) -> StepResult:
         outputs = []
         self.buffers.keep()
         for _ in range(self.accumulation_steps):
@@ -61,21 +63,15 @@ class LocalEngine:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         extra = tally()
         squares = sum_of_squares(gradients, extra.device)
-        values, grad_norm, skipped = gather_values(
-            outputs, squares, extra, lambda vector: vector, world_size=1
-        )
-        if self.optim.clip_norm and self.optim.clip == "tensor":
-            clip_each(gradients, self.optim.clip_norm)
-        elif self.optim.clip_norm:
-            clip_together(gradients, grad_norm, self.optim.clip_norm)
+        result = gather_values(outputs, squares, extra, lambda vector: vector, world_size=1)
+        tell_optimizer(self.optimizer, self.optim, gradients, result)
         set_knobs(self.optimizer, knobs)
-        if skipped:
-            self.buffers.restore()
-        else:
-            self.optimizer.step()
-            self.num_steps += 1
+        self.optimizer.step()
+        self._num_steps += ~result.skipped
+        self.module.finish_step()
+        self.buffers.restore(result.skipped)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepOutput(values, grad_norm, skipped)
+        return result
 
     def student(self, of: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, p.detach()) for name, p in of.named_parameters())
@@ -92,7 +88,7 @@ class LocalEngine:
             own = self.optimizer.state_for(parameter)
             for key in self.optimizer.state_keys:
                 tensors[f"{key}.{name}"] = host.copy(f"{key}.{name}", own[key])
-        return OptimizerState(self.num_steps, tensors)
+        return OptimizerState(int(self._num_steps), tensors)
 
     def without_gradient(self) -> list[str]:
         return self.audit.without_gradient(lambda vector: vector)
@@ -111,7 +107,7 @@ class LocalEngine:
     def load_optimizer_state(self, state: OptimizerState) -> None:
         keys = self.optimizer.state_keys
         state.check(keys, {name: parameter.shape for name, parameter in self.parameters.items()})
-        self.num_steps = state.num_steps
+        self._num_steps.fill_(state.num_steps)
         for name, parameter in self.parameters.items():
             own = self.optimizer.state_for(parameter)
             if "step" in own:

@@ -40,23 +40,37 @@ class Teacher:
         return projected
 
     @torch.no_grad()
-    def update(self, student: Iterable[tuple[str, Tensor]], momentum: float) -> None:
+    def update(
+        self,
+        student: Iterable[tuple[str, Tensor]],
+        momentum: float,
+        unless: Tensor | None = None,
+        at_once: bool = True,
+    ) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student.
 
         student: names as in `state_dict`, with full fp32 parameters. Buffers of the backbone are copied;
-        those of the heads are the teacher's own.
+        those of the heads are the teacher's own. unless: bool () on the device; where it is true, the
+        parameters stay as they are. at_once: false where each value of `student` is gone when the next is
+        asked for.
         """
         parameters, buffers = self._parameters(), dict(self.backbone.named_buffers(prefix="backbone"))
+        targets, values = [], []
         for name, value in student:
             target = parameters.pop(name, None)
             if target is not None:
                 if value.shape != target.shape:
                     raise ValueError(f"teacher: '{name}' is {tuple(value.shape)}, not {tuple(target.shape)}")
-                target.lerp_(value.detach().to(target.device, torch.float32), 1.0 - momentum)
+                targets.append(target)
+                values.append(value.detach().to(target.device, torch.float32))
             elif name in buffers:
                 buffers[name].copy_(value)
+            if not at_once:
+                approach(targets, values, 1.0 - momentum, unless)
+                targets, values = [], []
         if parameters:
             raise ValueError(f"teacher: the student gave no '{next(iter(parameters))}'")
+        approach(targets, values, 1.0 - momentum, unless)
 
     def _parameters(self) -> dict[str, Tensor]:
         named = dict(self.backbone.named_parameters(prefix="backbone"))
@@ -83,6 +97,22 @@ class Teacher:
             raise ValueError(f"teacher: the state is another network's, for example in '{example}'")
         for name, value in own.items():
             value.copy_(state[name])
+
+
+def approach(targets: list[Tensor], values: list[Tensor], share: float, unless: Tensor | None = None) -> None:
+    """Move targets, in place, by a share of the way to values, unless a bool () on the device says not to.
+
+    All at once: on a GPU a few launches instead of one for each of many small tensors.
+    """
+    if not targets:
+        return
+    if unless is None:
+        torch._foreach_lerp_(targets, values, share)
+        return
+    # a share that only the device knows is none of the weights that the fast path of lerp takes
+    weight = torch.where(unless, 0.0, share).to(targets[0].dtype)
+    torch._foreach_mul_(targets, 1 - weight)
+    torch._foreach_add_(targets, torch._foreach_mul(values, weight))
 
 
 def _copy_of(module: nn.Module) -> nn.Module:

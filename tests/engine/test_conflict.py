@@ -72,7 +72,7 @@ def train(stage: int, peers: Peers, compares: bool) -> dict[str, Any]:
             found.append(
                 compare_gradients(module, seen, shared_parameters(module.backbone, "backbone"), "fp32")
             )
-        engine.train_step(iter([seen]), KNOBS, lambda: torch.zeros(0, dtype=torch.float64))
+        engine.train_step(iter([seen]), KNOBS, lambda: torch.zeros(0, dtype=torch.float64)).read()
         module.finish_step()
     return {"found": found, "left": {**engine.weights(), **engine.optimizer_state().tensors}}
 

@@ -40,7 +40,7 @@ def train(engine: Engine, place: cluster.Cluster, num_steps: int = STEPS) -> lis
     peers = cluster.peers(place)
     seen = []
     for step in range(num_steps):
-        output = engine.train_step(inputs(step, peers), KNOBS, tally)
+        output = engine.train_step(inputs(step, peers), KNOBS, tally).read()
         assert not output.skipped
         assert output.values["extra/0"] == place.world_size
         seen.append({**losses(output), "grad_norm": output.grad_norm})
@@ -111,7 +111,7 @@ def skip_one_step(place: cluster.Cluster, folder: Path) -> None:
         peers = cluster.peers(place)
         for kind in ("loss", "gradient"):
             engine = deepspeed_engine(place, stage)
-            engine.train_step(inputs(0, peers), KNOBS, tally)
+            engine.train_step(inputs(0, peers), KNOBS, tally).read()
             before = state_of(engine)
             handle = None
             batches = list(inputs(1, peers))
@@ -122,7 +122,7 @@ def skip_one_step(place: cluster.Cluster, folder: Path) -> None:
                     lambda module, grad_input, grad_output: (grad_input[0] * float("inf"),)
                 )
                 handle = token
-            output = engine.train_step(iter(batches), KNOBS, tally)
+            output = engine.train_step(iter(batches), KNOBS, tally).read()
             if handle:
                 handle.remove()
             assert output.skipped, (stage, kind)
@@ -133,7 +133,7 @@ def skip_one_step(place: cluster.Cluster, folder: Path) -> None:
                 for name, value in before["moments"].items():
                     assert torch.equal(value, after["moments"][name]), (stage, kind, name)
                 assert after["steps"] == before["steps"] == 1
-            healthy = engine.train_step(inputs(1, peers), KNOBS, tally)
+            healthy = engine.train_step(inputs(1, peers), KNOBS, tally).read()
             assert not healthy.skipped
             assert all(value == value for value in losses(healthy).values())
             assert state_of(engine)["steps"] == 2
@@ -146,11 +146,11 @@ def test_a_step_not_finite_on_one_rank_is_skipped_on_all(tmp_path: Path) -> None
 
 def test_the_local_engine_skips_a_step_that_is_not_finite() -> None:
     engine = local_engine()
-    engine.train_step(inputs(0), KNOBS, tally)
+    engine.train_step(inputs(0), KNOBS, tally).read()
     before = state_of(engine)
     batches = list(inputs(1))
     batches[1].images[0] = float("inf")
-    assert engine.train_step(iter(batches), KNOBS, tally).skipped
+    assert engine.train_step(iter(batches), KNOBS, tally).read().skipped
     after = state_of(engine)
     assert after["steps"] == 1
     for name, value in before["weights"].items():
@@ -164,8 +164,8 @@ def train_in_bf16(place: cluster.Cluster, folder: Path) -> None:
     for stage in STAGES:
         settings = EngineConfig(precision="bf16", deepspeed={"zero_optimization": {"stage": stage}})
         engine = DeepSpeedEngine(module(peers), settings, config().optim, peers, 16, 2)
-        first = losses(engine.train_step(inputs(0, peers), KNOBS, tally))
-        engine.train_step(inputs(1, peers), KNOBS, tally)
+        first = losses(engine.train_step(inputs(0, peers), KNOBS, tally).read())
+        engine.train_step(inputs(1, peers), KNOBS, tally).read()
         state = state_of(engine)
         if place.is_first:
             torch.save((first, state), folder / f"bf16-{stage}.pt")

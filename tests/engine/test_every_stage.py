@@ -59,7 +59,7 @@ def train(engine: Engine, peers: Peers, steps: range) -> list[Any]:
     """What each step told."""
     told = []
     for step in steps:
-        output = engine.train_step(patches(step, peers), knobs(step), tally)
+        output = engine.train_step(patches(step, peers), knobs(step), tally).read()
         assert not output.skipped
         told.append((output.values, output.grad_norm))
     return told
@@ -87,7 +87,7 @@ def load_others(engine: Engine, peers: Peers) -> dict[str, Any]:
     train(engine, peers, range(1))  # leaves the small parameters of ZeRO-3 whole
     others = other_weights()
     engine.load_weights(others)  # and step at once: reading the weights would make ZeRO-3 gather them anew
-    total = engine.train_step(patches(1, peers), knobs(1), tally).values["total"]
+    total = engine.train_step(patches(1, peers), knobs(1), tally).read().values["total"]
     engine.load_weights(others)
     found = engine.weights()
     module = small_module(peers)
@@ -184,7 +184,7 @@ def spoil_one_element(engine: DeepSpeedEngine, peers: Peers) -> dict[str, bool]:
                 handle = engine.parameters[name].register_hook(
                     lambda gradient, at=place: with_nan(gradient, at)
                 )
-            output = engine.train_step(patches(1, peers), knobs(1), tally)
+            output = engine.train_step(patches(1, peers), knobs(1), tally).read()
             if handle:
                 handle.remove()
             verdicts[f"{name}[{place}]"] = output.skipped and differing(state_of(engine), before) == []
@@ -248,7 +248,7 @@ def train_with_teacher(config: RunConfig, peers: Peers) -> dict[str, Any]:
             module.consult(teacher, micro_inputs(config, MICRO_STEPS * step + micro, peers))
             for micro in range(MICRO_STEPS)
         )
-        output = engine.train_step(inputs, KNOBS, tally)
+        output = engine.train_step(inputs, KNOBS, tally).read()
         assert not output.skipped
         module.finish_step()
         for average, momentum in ((teacher, 0.9), (copycat, 0.0)):

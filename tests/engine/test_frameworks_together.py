@@ -76,7 +76,7 @@ def train(config: RunConfig, peers: Peers) -> dict[str, Any]:
     losses, weights = [], [engine.weights()]
     for step in range(STEPS):
         seen = module.consult(teacher, inputs(config, step, peers))
-        output = engine.train_step(iter([seen]), KNOBS, lambda: torch.zeros(0, dtype=torch.float64))
+        output = engine.train_step(iter([seen]), KNOBS, lambda: torch.zeros(0, dtype=torch.float64)).read()
         assert not output.skipped
         module.finish_step()
         update(teacher, engine)

@@ -62,7 +62,7 @@ def test_checkpoint_after_checkpoint_needs_the_memory_of_one() -> None:
     engine, host = LocalEngine(small_module(), OptimConfig(), ACCUMULATION, "fp32"), HostMemory()
     held = {}
     for step in range(4):
-        engine.train_step(patches(step), knobs(step), tally)
+        engine.train_step(patches(step), knobs(step), tally).read()
         held = {**engine.weights(host), **engine.optimizer_state(host).tensors}
         fresh = {**engine.weights(), **engine.optimizer_state().tensors}
         assert held.keys() == fresh.keys()

@@ -75,7 +75,7 @@ def train(engine: Any, peers: Peers, steps: range) -> dict[str, Any]:
     """Everything one can ask an engine after these steps."""
     seen = []
     for step in steps:
-        output = engine.train_step(patches(step, peers), knobs(step), tally)
+        output = engine.train_step(patches(step, peers), knobs(step), tally).read()
         assert not output.skipped
         seen.append({"total": output.values["total"], "grad_norm": output.grad_norm})
     state = engine.optimizer_state()
@@ -150,7 +150,7 @@ def skip_one(engine: DeepSpeedEngine, peers: Peers) -> None:
     batches = list(patches(2, peers))
     if peers.rank == peers.world_size - 1:
         batches[0].images[0] = float("nan")
-    assert engine.train_step(iter(batches), knobs(2), tally).skipped
+    assert engine.train_step(iter(batches), knobs(2), tally).read().skipped
     after = train(engine, peers, range(0))
     assert after["num_steps"] == before["num_steps"] == 2
     for part in ("weights", "state"):
@@ -276,7 +276,7 @@ def test_the_first_step_of_sgd_is_clipped_globally_or_by_tensor() -> None:
             small_module(), still.model_copy(update={"clip": clip}), ACCUMULATION, "fp32", ()
         )
         step = Knobs(lr=1.0, peak_lr=1.0, weight_decay=0.0, epoch=0.0)
-        engine.train_step(patches(0), step, tally)
+        engine.train_step(patches(0), step, tally).read()
         lengths = [(start[name] - p).norm().item() for name, p in engine.parameters.items()]
         if clip == "global":
             assert sum(length**2 for length in lengths) ** 0.5 == pytest.approx(0.3, rel=1e-3)
@@ -340,5 +340,5 @@ def test_a_module_without_buffers_is_trained_too() -> None:
     assert not list(module.buffers())
     batches = list(patches(0))
     batches[0].images[0] = float("nan")
-    assert engine.train_step(iter(batches), knobs(0), tally).skipped
-    assert not engine.train_step(patches(0), knobs(0), tally).skipped
+    assert engine.train_step(iter(batches), knobs(0), tally).read().skipped
+    assert not engine.train_step(patches(0), knobs(0), tally).read().skipped
