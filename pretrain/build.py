@@ -9,7 +9,7 @@ import torch
 
 from pretrain import schedules
 from pretrain.config import RunConfig
-from pretrain.engine.deepspeed_engine import DeepSpeedEngine
+from pretrain.engine.deepspeed_engine import DeepSpeedEngine, zero_stage
 from pretrain.engine.engine import Engine
 from pretrain.engine.local import LocalEngine
 from pretrain.models.backbone import (
@@ -19,7 +19,9 @@ from pretrain.models.backbone import (
     levels_of,
     num_features,
 )
+from pretrain.models.compiled import compile_blocks
 from pretrain.models.heads import synchronize_batch_norm
+from pretrain.models.teacher import Teacher
 from pretrain.optim import Knobs
 from pretrain.peers import Peers
 from pretrain.schedules import Schedule
@@ -110,7 +112,9 @@ def patch_config(config: RunConfig) -> PatchConfig:
     return PatchConfig(layout.grid, config.model.token_px, **asked)  # type: ignore[arg-type]
 
 
-def recipe(config: RunConfig) -> Recipe:
+def recipe(config: RunConfig, trains_on: torch.device | None = None) -> Recipe:
+    """trains_on: the device of a training run, on which views may be compiled; a CPU has code of its own."""
+    on_gpu = trains_on is not None and trains_on.type == "cuda"
     inpainting = config.tasks.inpainting
     return Recipe(
         views(config),
@@ -120,6 +124,7 @@ def recipe(config: RunConfig) -> Recipe:
         blank_inpainting=inpainting is not None and inpainting.fill == "zero",
         needs_whole=bool(teacher_views(config))
         or any(TASKS[name].needs_whole for name in config.tasks.enabled()),
+        compiled=on_gpu and compiles(config, "cuda"),
     )
 
 
@@ -291,6 +296,7 @@ def _reading(config: RunConfig, task: str, num_levels: int) -> Reading:
         taps=spec.taps(settings, num_levels) if spec.taps else (),
         teacher_views=seen,
         teacher_head=spec.teacher_head if seen else None,
+        student_views=spec.student_views(settings, views_of(config, task)) if spec.student_views else None,
     )
 
 
@@ -306,7 +312,31 @@ def _needs_no_position(config: RunConfig) -> bool:
     return relative is not None and relative.pos_embed == "mask" and has_positions
 
 
-def engine(config: RunConfig, model: MultiTask, peers: Peers) -> Engine:
+def engine(config: RunConfig, model: MultiTask, peers: Peers, teacher: Teacher | None = None) -> Engine:
+    """The engine, and where the config says so, the blocks of the module and of its teacher compiled."""
+    made = _engine(config, model, peers)
+    if compiles(config, next(model.parameters()).device.type):
+        compile_blocks(model, config.engine.compile_mode, dynamic=varies_in_length(config))
+        if teacher is not None:  # which sees whole views
+            compile_blocks(teacher.backbone, config.engine.compile_mode)
+    return made
+
+
+def compiles(config: RunConfig, device_type: str) -> bool:
+    """Whether blocks and views are compiled; ZeRO-3's hooks within blocks cannot be."""
+    if config.engine.compile == "auto":
+        has_hooks = config.engine.kind == "deepspeed" and zero_stage(config.engine) == 3
+        return device_type == "cuda" and not has_hooks
+    return config.engine.compile == "on"
+
+
+def varies_in_length(config: RunConfig) -> bool:
+    """Whether the student gets another number of tokens from step to step."""
+    masks = [view.mask for view in config.views.values()]
+    return any(mask is not None and mask.kind == "multiblock" for mask in masks)
+
+
+def _engine(config: RunConfig, model: MultiTask, peers: Peers) -> Engine:
     accumulation = config.batch.accumulation_steps
     if config.engine.kind == "local":
         return LocalEngine(

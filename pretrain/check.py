@@ -90,7 +90,13 @@ def _check_any_task(config: RunConfig) -> None:
 def _check_engine(config: RunConfig, world_size: int) -> None:
     if config.engine.kind == "deepspeed":
         check_deepspeed_config(config.engine)
-        check_optimizer_stage(config.optim, zero_stage(config.engine))
+        stage = zero_stage(config.engine)
+        check_optimizer_stage(config.optim, stage)
+        if stage == 3 and config.engine.compile == "on":
+            raise ConfigError(
+                "engine.compile: 'on' does not go with ZeRO-3, which gathers parameters within blocks; use "
+                "'auto' or 'off', or engine.deepspeed.zero_optimization.stage 0 to 2"
+            )
     elif world_size > 1:
         raise ConfigError(
             f"engine.kind: 'local' trains on one process, not on {world_size}; use 'deepspeed' or --nproc 1"

@@ -30,6 +30,7 @@ from pretrain.data.mixture import Mixture
 from pretrain.data.streaming import check_shared_memory
 from pretrain.errors import CheckpointError, UserError
 from pretrain.metrics.exporter import PORT_TRIES, PrometheusConfig
+from pretrain.models.compiled import missing_tool
 from pretrain.online_knn import choose_images
 from pretrain.views.plan import encoder_calls
 
@@ -155,6 +156,7 @@ def _examine(request: Request, place: cluster.Cluster, findings: _Findings) -> I
     of_settings = problems_of_settings(config, place.world_size)
     findings.problems += [Problem(error) for part in of_settings.values() for error in part]
     _examine_machine(place, findings, config.engine.kind, config.data.lanes // place.world_size)
+    look(lambda: check_compiler(config, place.device.type))
     per = build.sizes(config, place.world_size)
     mixture, num_samples = None, 0
     splits = look(lambda: open_splits(config.data))
@@ -288,6 +290,16 @@ def check_open_files(world_size: int, num_lanes: int) -> None:
                 f"open files: {limit} are allowed (`ulimit {flag}`), and a rank needs up to {needed}; raise "
                 "the limit where the run is started"
             )
+
+
+def check_compiler(config: RunConfig, device_type: str) -> None:
+    """Where blocks are to be compiled, there is something to compile them with."""
+    missing = missing_tool(device_type) if build.compiles(config, device_type) else None
+    if missing is not None:
+        raise UserError(
+            f"engine.compile: '{config.engine.compile}' needs {missing}, which this machine lacks; "
+            "install it, or set engine.compile=off"
+        )
 
 
 def _look_at_disk(output_dir: Path, num_bytes: int, findings: _Findings, goes_on: bool) -> None:
@@ -492,7 +504,7 @@ def describe(request: Request, inspected: Inspected, place: cluster.Cluster) -> 
         engine = f"deepspeed ZeRO-{zero.get('stage', 0) if isinstance(zero, dict) else 0}"
     lines = [
         f"{nodes} x {place.local_world_size} ranks on {place.device.type} ({place.launcher}); {engine}, "
-        f"{config.engine.precision}",
+        f"{config.engine.precision}{', blocks compiled' * build.compiles(config, place.device.type)}",
         f"global batch {per.global_batch} = micro {per.micro_batch} x accumulation {per.accumulation_steps} "
         f"x ranks {per.world_size}; {_rate(config, per.global_batch)}",
         *_sources(mixture),
