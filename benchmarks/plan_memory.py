@@ -63,7 +63,6 @@ def predicted(stage: int, recompute: bool, world_size: int) -> dict[str, float]:
         world_size=world_size,
         micro_batch=MICRO_BATCH,
         recompute=recompute,
-        on_gpu=False,
     )
     return {"rest": found.at_rest, "peak": found.peak}
 

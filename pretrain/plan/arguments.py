@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--nodes", type=_count, required=True, metavar="N")
     parser.add_argument("--gpus-per-node", type=_count, required=True, metavar="G")
-    parser.add_argument("--gpu", default="h200", metavar="NAME", help="such as h100 or a100 (default: h200)")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="such as h100 or a100 (default: h200, or what --measured is of)"
+    )
     parser.add_argument(
         "--network",
         choices=("infiniband", "ethernet"),
@@ -26,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_ratio,
         metavar="R",
         help="utilisation of the dense peak (default: by the model's width)",
+    )
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        metavar="PATH",
+        help="results of `make bench-gpu`, a folder or a file, in the place of assumed numbers",
     )
     parser.add_argument(
         "--images", type=_count, metavar="N", help="of the training data (default: as its index says)"

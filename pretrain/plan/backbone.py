@@ -42,7 +42,7 @@ def encoder_of(settings: Settings) -> Encoder:
 
 def _vit(settings: Settings, size: VitSize) -> Encoder:
     model, dim = settings["model"], size.dim
-    seen = [recipe.seen_of(settings, name) for name in settings["views"]]
+    seen = [recipe.seen_of(settings, name) for name in recipe.encoded_views(settings)]
     # blocks of a step may keep one number of tokens, of another step another one: means
     blocks = [_block(view, size) for view in seen]
     stems = [_stem(settings, view, dim) for view in seen]
@@ -51,7 +51,8 @@ def _vit(settings: Settings, size: VitSize) -> Encoder:
         [*(scaled(cost, size.depth) for cost in blocks), *(scaled(cost) for cost in stems)]
         + [scaled(norm(view.tokens, dim)) + Cost(saved_fp32=view.tokens * dim) for view in seen]
     )
-    whole = {view.size_px: _whole(settings, view.size_px) for view in seen}
+    sizes = {view["size_px"] for view in settings["views"].values()}
+    whole = {size_px: _whole(settings, size_px) for size_px in sizes}
     return Encoder(
         name=str(model["name"]),
         dim=dim,
@@ -59,7 +60,7 @@ def _vit(settings: Settings, size: VitSize) -> Encoder:
         cost=parameters + activity,
         blocks=scaled(total(blocks), size.depth),
         block_inputs=size.depth * dim * sum(view.tokens for view in seen),
-        largest=max(by_calls(settings, blocks), key=lambda cost: cost.saved),
+        largest=max(by_calls(settings, blocks), key=lambda cost: cost.saved, default=Cost()),
         unfused=scaled(
             total(unfused_attention(view.square_tokens, size.num_heads) for view in seen),
             size.depth,
@@ -72,10 +73,10 @@ def _vit(settings: Settings, size: VitSize) -> Encoder:
 
 
 def by_calls(settings: Settings, of_views: Sequence[Cost]) -> list[Cost]:
-    """Of all views that are encoded in one call, together."""
+    """Of all views that are encoded in one call, together. of_views: those that are encoded, in order"""
     calls: dict[str, Cost] = {}
-    for view, cost in zip(settings["views"].values(), of_views, strict=True):
-        shape = repr(recipe.shape(view))
+    for name, cost in zip(recipe.encoded_views(settings), of_views, strict=True):
+        shape = repr(recipe.shape(settings["views"][name]))
         calls[shape] = calls.get(shape, Cost()) + scaled(cost)
     return list(calls.values())
 

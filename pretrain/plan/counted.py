@@ -42,7 +42,7 @@ def counted_encoder(settings: Settings) -> Encoder:
     """As `backbone.encoder_of`."""
     model = json.dumps(settings["model"])
     registers = recipe.registers(settings)
-    seen = [recipe.seen_of(settings, name) for name in settings["views"]]
+    seen = [recipe.seen_of(settings, name) for name in recipe.encoded_views(settings)]
     backbone = _built(model, len(registers), META)
     counts = [_count(model, registers, view.size_px, round(view.num_kept)) for view in seen]
     trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
@@ -62,7 +62,7 @@ def counted_encoder(settings: Settings) -> Encoder:
         unfused=Cost(),
         whole={
             view.size_px: _count(model, registers, view.size_px, view.num_patches).cost.forward
-            for view in seen
+            for view in (recipe.seen_of(settings, name) for name in settings["views"])
         },
         is_counted=True,
     )

@@ -33,6 +33,7 @@ class Gpu:
     memory_bytes_per_second: float
     nvlink_bytes_per_second: float  # each way, of all links together; 0: over PCIe
     precision: str = "bf16"  # of the matrix products; fp16 where there is no bf16 unit
+    bus_bytes_per_second: float = 0.0  # of a ring inside a node, measured; 0: follows from the links
 
     @property
     def peak(self) -> Peak:

@@ -117,9 +117,7 @@ def memory_of(
     world_size: int,
     micro_batch: int,
     recompute: bool,
-    on_gpu: bool = True,
 ) -> Memory:
-    """on_gpu: AdamW is one kernel there; on a CPU it makes copies of what it steps."""
     share = parameters.trained / world_size
     divided = FP32 * share
     owned = FP32 * parameters.student if stage < 3 else divided + FP32 * parameters.frozen
@@ -142,7 +140,7 @@ def memory_of(
     inputs = micro_batch * input_bytes(settings)
     kept = micro_batch * (activity.kept_recomputed if recompute else activity.kept)
     in_block = micro_batch * (activity.working_recomputed if recompute else activity.working)
-    copies = 0.0 if stage == 0 else divided * (1 if on_gpu else 3)
+    copies = 0.0 if stage == 0 else divided
     teacher = FP32 * parameters.teacher
     always = owned + optimizer + teacher + buffers + inputs
     if stage == 3:

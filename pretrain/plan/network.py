@@ -71,7 +71,9 @@ class Communication:
 def bus_rate(gpu: Gpu, network: Network, nodes: int, gpus_per_node: int) -> float:
     """Bytes/s, by the slowest part of the ring."""
     rates = []
-    if gpus_per_node > 1:
+    if gpus_per_node > 1 and gpu.bus_bytes_per_second:
+        rates.append(gpu.bus_bytes_per_second)
+    elif gpus_per_node > 1:
         ratio = 1.0 if gpu.name in IN_SWITCH else RING_RATIO
         rates.append(ratio * gpu.nvlink_bytes_per_second or PCIE_BYTES_PER_SECOND)
     if nodes > 1:

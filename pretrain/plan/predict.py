@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pretrain.errors import ConfigError, UserError
 from pretrain.plan import memory, recipe, schedule, timing
 from pretrain.plan.backbone import encoder_of
+from pretrain.plan.basis import basis_of
 from pretrain.plan.flops import StepFlops, flops_of, site_of
+from pretrain.plan.measured import Figure, Results
 from pretrain.plan.memory import Memory
 from pretrain.plan.network import Communication, communication_of
 from pretrain.plan.parameters import Parameters, parameters_of
@@ -30,6 +32,8 @@ class Question:
     images_per_core_second: float
     disk_bytes_per_second: float
     node_hours: float  # mean time to a failure of one node
+    host_bytes_per_second: float = schedule.HOST_COPY_BYTES_PER_SECOND
+    results: Results | None = None  # that some of the numbers above are from
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ class Prediction:
     saving: Saving
     scaling: list[ScalingRow]
     is_counted: bool  # the backbone is in no table; it was counted on the module
+    basis: tuple[Figure, ...]  # what of it was measured, and what assumed
+    memory_error_ratio: float | None  # of predicted peaks, as measured on a GPU
 
     @property
     def images_per_second(self) -> float:
@@ -156,7 +162,7 @@ def predict(settings: Settings, asked: Question) -> Prediction:
         gpu=machine.gpu.name,
         gpu_memory_bytes=machine.gpu.memory_bytes,
         peak=machine.gpu.peak.name,
-        utilisation=machine.utilisation,
+        utilisation=machine.utilisation_at(layout.micro_batch),
         parameters=parameters,
         flops=flops,
         memory=[memory_of(stage, layout.recompute) for stage in memory.STAGES],
@@ -190,6 +196,7 @@ def predict(settings: Settings, asked: Question) -> Prediction:
             nodes=asked.nodes,
             disk_bytes_per_second=asked.disk_bytes_per_second,
             node_hours=asked.node_hours,
+            host_bytes_per_second=asked.host_bytes_per_second,
         ),
         scaling=timing.scaling_table(
             settings,
@@ -201,6 +208,15 @@ def predict(settings: Settings, asked: Question) -> Prediction:
             stage=layout.stage,
         ),
         is_counted=encoder.is_counted,
+        basis=basis_of(
+            settings,
+            machine,
+            asked.results,
+            nodes=asked.nodes,
+            micro_batch=layout.micro_batch,
+            host_bytes_per_second=asked.host_bytes_per_second,
+        ),
+        memory_error_ratio=asked.results.memory_error_ratio if asked.results else None,
     )
 
 

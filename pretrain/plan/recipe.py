@@ -118,6 +118,15 @@ def teacher_views(settings: Settings) -> dict[str, tuple[str, ...]]:
     return {name: views for name, views in asked.items() if views}
 
 
+def encoded_views(settings: Settings) -> tuple[str, ...]:
+    """The views that the student encodes; what only the teacher looks at is not among them."""
+    wanted: set[str] = set()
+    for name, task in tasks_of(settings).items():
+        views = views_of(settings, name)
+        wanted |= set(views[:1] if name == "moco_v2" and not task["symmetric"] else views)
+    return tuple(view for view in settings["views"] if view in wanted)
+
+
 def needs_whole(settings: Settings) -> bool:
     """Whether the clean views are normalised too."""
     return bool(teacher_views(settings)) or not {"reconstruction", "mae", "maskfeat"}.isdisjoint(

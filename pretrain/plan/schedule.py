@@ -73,11 +73,12 @@ def saving_of(
     nodes: int,
     disk_bytes_per_second: float,
     node_hours: float,
+    host_bytes_per_second: float = HOST_COPY_BYTES_PER_SECOND,
 ) -> Saving:
-    """node_hours: mean time to a failure of one node."""
+    """node_hours: mean time to a failure of one node. host_bytes_per_second: of a copy from GPU to host."""
     write = checkpoint_bytes / disk_bytes_per_second
     is_aside = settings["checkpoint"]["asynchronous"]
-    pause = checkpoint_bytes / HOST_COPY_BYTES_PER_SECOND if is_aside else write
+    pause = checkpoint_bytes / host_bytes_per_second if is_aside else write
     failure = 3600 * node_hours / nodes
 
     def lost(steps: int) -> float:

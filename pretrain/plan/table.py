@@ -16,17 +16,37 @@ def told(found: Prediction) -> str:
     """All of it, by subject."""
     parts = [_head(found), _parameters(found), _memory(found), _flops(found), _step(found)]
     parts += [_feeding(found), _length(found), _saving(found), _scaling(found)]
+    if _is_measured(found):
+        parts.insert(1, _basis(found))
     return "\n\n".join(parts)
 
 
 def _head(found: Prediction) -> str:
     of = found.layout
     return (
-        f"PREDICTION, nothing here was measured: {found.model} on {of.nodes} x {of.gpus_per_node} {found.gpu}"
+        f"PREDICTION, {_standing(found)}: {found.model} on {of.nodes} x {of.gpus_per_node} {found.gpu}"
         f"\n{_count(of.nodes, 'node')}, {_count(of.ranks, 'rank')}; global batch {of.global_batch} = micro "
         f"{of.micro_batch} x accumulation {of.accumulation_steps} x ranks {of.ranks}; ZeRO-{of.stage}, "
         f"{of.precision}, recompute {_yes(of.recompute)}"
     )
+
+
+def _is_measured(found: Prediction) -> bool:
+    return any(figure.is_measured for figure in found.basis)
+
+
+def _standing(found: Prediction) -> str:
+    return "from numbers of which some were measured" if _is_measured(found) else "nothing here was measured"
+
+
+def _basis(found: Prediction) -> str:
+    rows = [
+        [figure.name, figure.value, f"{'measured' if figure.is_measured else 'ASSUMED'}: {figure.source}"]
+        for figure in found.basis
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {source}" for name, value, source in rows]
+    return "rests on\n" + "\n".join(lines)
 
 
 def _parameters(found: Prediction) -> str:
@@ -60,7 +80,7 @@ def _memory(found: Prediction) -> str:
     return "\n".join(
         [
             f"memory of a rank in GiB (* the config; of the {_gib(found.gpu_memory_bytes)} of the GPU "
-            f"{_gib(RESERVE_BYTES)} are left to CUDA, NCCL and gaps; unmeasured on a GPU)",
+            f"{_gib(RESERVE_BYTES)} are left to CUDA, NCCL and gaps; {_memory_standing(found)})",
             _aligned(header, rows),
             "the peak is below the sum of its row: gradients come while activations go"
             + (
@@ -73,6 +93,11 @@ def _memory(found: Prediction) -> str:
             *(f"  {line}" for line in found.advice.more),
         ]
     )
+
+
+def _memory_standing(found: Prediction) -> str:
+    error = found.memory_error_ratio
+    return "unmeasured on a GPU" if error is None else f"peaks within {100 * error:.0f} % on a GPU"
 
 
 def _advice(found: Prediction) -> str:
@@ -138,7 +163,7 @@ def _step(found: Prediction) -> str:
             "  engine.precision=fp32: products take many times as long as in bf16, which this assumes; "
             "set bf16, or give --mfu as measured"
         )
-    if step.total < SHORT_SECONDS:
+    if step.total < SHORT_SECONDS and not _has_measured_utilisation(found):
         lines.append(
             "  so short a step waits for kernels to be launched, which is not in this: a lower bound"
         )
@@ -191,10 +216,20 @@ def _scaling(found: Prediction) -> str:
     header = ["GPUs", "nodes", "weak images/s", "efficiency", "strong micro", "images/s", "efficiency"]
     return (
         f"scaling: weak with {found.layout.micro_batch} images a GPU, strong with the global batch "
-        f"{found.layout.global_batch} (- where batch or data.lanes cannot be shared equally); the "
-        "utilisation is taken as the same for small micro batches, which flatters the last strong rows\n"
-        + _aligned(header, rows)
+        f"{found.layout.global_batch} (- where batch or data.lanes cannot be shared equally); "
+        f"{_of_small_batches(found)}\n" + _aligned(header, rows)
     )
+
+
+def _has_measured_utilisation(found: Prediction) -> bool:
+    """Of whole steps: launches and the optimizer are in it."""
+    return any(figure.name == "utilisation" and figure.is_measured for figure in found.basis)
+
+
+def _of_small_batches(found: Prediction) -> str:
+    if _has_measured_utilisation(found):
+        return "the utilisation follows the micro batch as measured, and is constant beyond what was"
+    return "the utilisation is taken as the same for small micro batches, which flatters the last strong rows"
 
 
 def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

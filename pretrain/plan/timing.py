@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pretrain.plan.backbone import Encoder
 from pretrain.plan.flops import StepFlops
 from pretrain.plan.hardware import Gpu
+from pretrain.plan.measured import between
 from pretrain.plan.network import Communication, Network, communication_of
 from pretrain.plan.parameters import Parameters
 from pretrain.plan.recipe import Settings
@@ -28,6 +29,11 @@ class Machine:
     network: Network
     gpus_per_node: int
     utilisation: float
+    # of whole steps, the optimizer's part included: (images of a micro step, utilisation), growing
+    measured: tuple[tuple[int, float], ...] = ()
+
+    def utilisation_at(self, micro_batch: float) -> float:
+        return between(self.measured, micro_batch) if self.measured else self.utilisation
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class StepTime:
     jitter: float  # for the slowest of all ranks
     communication: float  # all of it
     exposed: float  # what of it the step waits for
-    optimizer: float
+    optimizer: float  # 0 where it is part of what was measured
 
     @property
     def total(self) -> float:
@@ -69,7 +75,7 @@ def step_time(
     per_node = gpus_per_node or machine.gpus_per_node
     ranks = nodes * per_node
     accumulation = settings["batch"]["accumulation_steps"]
-    rate = machine.gpu.dense_flops_per_second * machine.utilisation
+    rate = machine.gpu.dense_flops_per_second * machine.utilisation_at(micro_batch)
     executed = executed_flops(flops, encoder, settings["engine"]["recompute"])
     of_micro_step = micro_batch * executed / rate
     talk: Communication = communication_of(
@@ -89,7 +95,7 @@ def step_time(
         jitter=compute * JITTER_RATIO * math.sqrt(2 * math.log(ranks)),
         communication=talk.seconds,
         exposed=talk.exposed_seconds(backward),
-        optimizer=STEPPED_BYTES * stepped / machine.gpu.memory_bytes_per_second,
+        optimizer=0.0 if machine.measured else STEPPED_BYTES * stepped / machine.gpu.memory_bytes_per_second,
     )
 
 
