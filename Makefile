@@ -8,10 +8,11 @@ NPROC ?= 2
 MINUTES ?= 30
 export SLURM_TEST_CLUSTER ?= ../shared/cluster
 SAMPLE := data_shards/sample
+STEP_PEERS := $(VENV)/step-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cluster test-cluster-slow chaos gpu-check bench bench-overhead bench-engine \
-	bench-checkpoint bench-data bench-metrics bench-plan bench-export bench-evaluate protocol check format shards pretrain export evaluate report \
+.PHONY: help setup demo test test-slow test-cluster test-cluster-slow chaos gpu-check bench bench-overhead \
+	bench-checkpoint bench-data bench-metrics bench-plan bench-export bench-evaluate bench-gpu protocol check format shards pretrain export evaluate report \
 	doctor plan pages clean
 
 help: ## list the targets
@@ -62,12 +63,13 @@ pages: $(READY) ## what is written from code: dashboards, the table of metrics, 
 	$(BIN)/python -m pretrain.metrics.dashboards
 	$(BIN)/python -m pretrain.plan.schema
 	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_speed.py
 
 test: $(READY) ## lint, types and all tests but the slow ones: a quarter of an hour on two cores
 	$(MAKE) --no-print-directory check
 	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
-test-slow: $(READY) ## the tests that take longer
+test-slow: $(READY) shards ## the tests that take longer
 	$(BIN)/pytest -q -m "slow and not cluster" --timeout 1800
 
 test-cluster: $(READY) ## jobs on a Slurm cluster on this machine; SLURM_TEST_CLUSTER is the folder with its up.sh
@@ -82,14 +84,16 @@ chaos: $(READY) ## MINUTES of random kills, signals, cuts and full disks on that
 gpu-check: $(READY) ## the tests that need a CUDA device
 	$(BIN)/pytest -q -m gpu
 
-bench: $(READY) ## side-by-side step times on this machine, as ratios
-	$(BIN)/python benchmarks/step.py --out benchmarks/results/step-cpu.json
+bench: $(READY) shards $(STEP_PEERS)/.ready ## step times beside each other and other libraries, as ratios: ten minutes
+	PYTHONPATH=$(STEP_PEERS) $(BIN)/python benchmarks/step.py --out benchmarks/results/step-cpu.json $(ARGS)
+	$(BIN)/python benchmarks/step.py --readme README.md
 
-bench-overhead: $(READY) ## what each task or decoder adds to a contrastive step
+# without what they depend on, and where nothing else sees them; without a network their lines say they are absent
+$(STEP_PEERS)/.ready: $(READY) benchmarks/step_peers.txt
+	-$(BIN)/pip install --quiet --no-deps --upgrade --target $(STEP_PEERS) --requirement benchmarks/step_peers.txt && touch $@
+
+bench-overhead: $(READY) shards ## what each task or decoder adds to a contrastive step
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results/overhead-cpu.json
-
-bench-engine: $(READY) ## DeepSpeed beside a bare torch loop, and ZeRO stages beside each other
-	$(BIN)/python benchmarks/engine.py --out benchmarks/results/engine-cpu.json
 
 bench-checkpoint: $(READY) ## how long a checkpoint of ViT-B holds up the training, and how long it takes to write
 	$(BIN)/python benchmarks/checkpoint.py --out benchmarks/results/checkpoint-cpu.json
@@ -110,6 +114,9 @@ bench-evaluate: $(READY) ## memory of k-NN over a large bank, cost of a probe's 
 	$(BIN)/python benchmarks/evaluate.py knn-memory --out benchmarks/results/knn-memory.json
 	$(BIN)/python benchmarks/evaluate.py linear-sweep --out benchmarks/results/linear-sweep.json
 	$(BIN)/python benchmarks/evaluate.py online-knn --out benchmarks/results/online-knn.json
+
+bench-gpu: $(if $(BENCH_PYTHON),,$(READY)) ## utilisation, memory and peers on a GPU, slice by slice; the same command goes on
+	$(or $(BENCH_PYTHON),$(BIN)/python) benchmarks/gpu --max-minutes 8.5 $(if $(OUT),--out $(OUT)) $(ARGS)
 
 protocol: $(READY) ## CIFAR-10: pretrain, k-NN, linear, few labels, fine-tuning; eight minutes, the same command goes on
 	$(BIN)/python benchmarks/cifar10_protocol.py --max-minutes 8 --out benchmarks/results/cifar10-protocol.json $(ARGS)

@@ -37,6 +37,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from result import cpu_model
+
 from pretrain.data.manifest import Manifest
 from pretrain.errors import DataError
 
@@ -300,13 +302,6 @@ def lay_out(shards: Path, folder: Path) -> int:
                 path.write_bytes(file.read())
                 count += 1
     return count
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
 
 
 def versions(python: str, packages: Iterable[str]) -> dict[str, str]:
