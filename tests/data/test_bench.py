@@ -27,6 +27,7 @@ def test_every_setting_is_measured_and_told(tmp_path: Path) -> None:
     assert len(told) == 4
 
 
+@pytest.mark.slow
 def test_a_set_smaller_than_the_lanes_can_be_measured(tmp_path: Path) -> None:
     make_shards(tmp_path, [3])
     request = BenchRequest(str(tmp_path), view_px=8, batch_size=10, seconds=0.1, threads=(1,))

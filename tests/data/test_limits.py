@@ -46,6 +46,7 @@ def test_sixty_four_lanes_of_plain_tars_need_few_open_files(tmp_path: Path) -> N
     assert run_with_files(tmp_path, 64) == str(6 * 64)
 
 
+@pytest.mark.slow
 def test_too_few_open_files_for_compressed_shards_are_told(tmp_path: Path) -> None:
     make_shards(tmp_path, [2] * 70, ".tar.gz", height=4, width=4)
     assert "cannot be read (too many open files)" in run_with_files(tmp_path, 48).lower()

@@ -85,6 +85,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     cache = json.dumps({"folder": str(folder / "cache"), "max_gib": 1.0})
     with monitored(folder, config, [f"data.shards={shards}", f"data.cache={cache}"], RUN) as found:
         found.wait_for("pretrain_step > 60")
+        # the ranges that are asked for reach back ten seconds, in which rates need two different values
+        found.wait_for("count_over_time(pretrain_step[10m]) > 14")
         found.settle(COMES_LATE, seconds=30.0)
         yield found
 
