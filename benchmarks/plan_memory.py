@@ -75,10 +75,22 @@ def resident(key: str) -> int:
     raise KeyError(key)
 
 
+def inputs_for(config: Any) -> Any:
+    """Finished views of random pixels."""
+    import torch
+
+    from pretrain import build
+    from pretrain.views.prepare import prepare
+
+    size, side = config.batch.global_size, config.model.img_px
+    generator = torch.Generator().manual_seed(0)
+    crops = torch.randint(0, 256, (2, size, side, side, 3), dtype=torch.uint8, generator=generator)
+    return prepare(build.recipe(config), 0, crops, torch.zeros(size, dtype=torch.int64), torch.arange(size))
+
+
 def measure(stage: int, recompute: bool, place: Any) -> dict[str, float]:
     """On one rank, connected to the others: bytes beyond what was there before."""
     import torch
-    from step import inputs_for
 
     from pretrain import build, cluster
     from pretrain.config import load_config

@@ -18,6 +18,10 @@ from pretrain.data.indexing import index_folder
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "data_shards" / "sample"
+# torch looks whether tensors have gradients, and hides the warning of that, unless warnings are errors
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
 # of the demonstration, a third of its batch, width and length
 SHORT = [
     f"data.shards={SAMPLE}",
