@@ -72,16 +72,19 @@ def views_of(config: RunConfig, task: str) -> tuple[str, ...]:
 
 def views(config: RunConfig) -> dict[str, ViewConfig]:
     """The views as they are made: only those that a patch-level task reads have patches worked on."""
-    read = {
-        view
-        for name in config.tasks.enabled()
-        if TASKS[name].patch_request is not None
-        for view in views_of(config, name)
-    }
-    return {
-        name: view.model_copy(update={"corrupt": view.corrupt and name in read})
-        for name, view in config.views.items()
-    }
+    readers: dict[str, list[str]] = {name: [] for name in config.views}
+    for task in config.tasks.enabled():
+        if TASKS[task].patch_request is not None:
+            for view in views_of(config, task):
+                readers[view].append(task)
+
+    def corrupt(name: str) -> bool | tuple[str, ...]:
+        asked = config.views[name].corrupt
+        if isinstance(asked, bool):
+            return asked and bool(readers[name])
+        return tuple(task for task in readers[name] if task in asked) or False
+
+    return {name: view.model_copy(update={"corrupt": corrupt(name)}) for name, view in config.views.items()}
 
 
 def surroundings(config: RunConfig, task: str, num_samples: int | None = None) -> Surroundings:

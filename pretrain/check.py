@@ -19,7 +19,7 @@ from pretrain.optim import check_optimizer_stage
 from pretrain.tasks import TASKS
 from pretrain.tasks.contract import Surroundings
 from pretrain.views.masks import num_kept
-from pretrain.views.plan import encoder_calls, stream_indices
+from pretrain.views.plan import PATCH_TASKS, encoder_calls, stream_indices
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -286,9 +286,11 @@ def _general_reason(task: str, config: RunConfig, around: Surroundings) -> str |
             f"without positions all hidden patches of view '{masked[0]}' look alike; set model.pos_embed, or "
             "drop patches (mask.how: drop)"
         )
-    whole = [n for n, view in around.views.items() if not view.corrupt]
-    if whole and spec.patch_request:
-        return f"works on patches of view '{whole[0]}', whose `corrupt` is false; set it to true"
+    for name, view in around.views.items():
+        if spec.patch_request and not view.corrupt:
+            return f"works on patches of view '{name}', whose `corrupt` is false; set it to true"
+        if spec.patch_request and isinstance(view.corrupt, tuple) and task not in view.corrupt:
+            return f"works on patches of view '{name}', whose `corrupt` does not name it; add it there"
     return None
 
 
@@ -322,6 +324,11 @@ def _check_view(config: RunConfig, name: str) -> None:
     for setting, (low, high) in ranges.items():
         if not 0 < low <= high:
             raise ConfigError(f"views.{name}.{setting}: [{low}, {high}] is not a range above 0, low to high")
+    for task in view.corrupt if isinstance(view.corrupt, tuple) else ():
+        if task not in PATCH_TASKS:
+            raise ConfigError(
+                f"views.{name}.corrupt: '{task}' is no patch-level task; {nearest(task, tuple(PATCH_TASKS))}"
+            )
     if view.scale[1] > 1:
         raise ConfigError(f"views.{name}.scale: a crop covers at most 1.0 of the image, not {view.scale[1]}")
     if view.shift_px >= view.size_px:

@@ -100,7 +100,16 @@ def views_of(settings: Settings, task: str) -> tuple[str, ...]:
 def shape(view: Settings) -> tuple[Any, ...]:
     """What views must agree on to be encoded in one call: as `ViewConfig.shape`."""
     border = view["shift_border"] if view["shift_px"] else None
-    keys = ("size_px", "corrupt", "patch_augment", "legacy_jitter_after_norm", "shuffle", "local", "mask")
+    keys = (
+        "size_px",
+        "corrupt",
+        "patch_augment",
+        "legacy_jitter_after_norm",
+        "shuffle",
+        "disjoint",
+        "local",
+        "mask",
+    )
     return (*(view[key] for key in keys), border)
 
 

@@ -37,7 +37,8 @@ def corrupt(clean: Tensor, plan: ViewPlan, patch_px: int, inpaint_pixels: Tensor
 
     clean: (M, 3, H, W) in [0, 1], already turned; returns the same shape and range. Inpainting patches take
     the colour `inpaint_pixels`, (3,), such as the mean, which normalises to zero; None leaves them as they
-    are, for a mask token to replace.
+    are, for a mask token to replace. Where sets overlap, tasks work in this order on what is shown by then:
+    colorization, inpainting, pairs and jigsaw.
     """
     sets = plan.patches
     patches = split_patches(clean, patch_px)  # (M, N, 3, P, P)
@@ -50,7 +51,13 @@ def corrupt(clean: Tensor, plan: ViewPlan, patch_px: int, inpaint_pixels: Tensor
         source = torch.cat(
             [sets.pairs.flatten(1), sets.jigsaw_source], dim=1
         )  # as plan.tiles.index, but moved
-        corrupted = put(corrupted, plan.tiles.index, augment_tiles(take(patches, source), plan.tiles))
+        tiles = augment_tiles(take(corrupted, source), plan.tiles)
+        num_paired = sets.pairs.flatten(1).shape[1]
+        if sets.overlapping:  # a scatter to the same place twice has no order
+            corrupted = put(corrupted, plan.tiles.index[:, :num_paired], tiles[:, :num_paired])
+            corrupted = put(corrupted, plan.tiles.index[:, num_paired:], tiles[:, num_paired:])
+        else:
+            corrupted = put(corrupted, plan.tiles.index, tiles)
     return join_patches(corrupted, clean.shape[3] // patch_px)
 
 

@@ -97,7 +97,10 @@ class ViewConfig(_Settings):
     solarize_prob: Ratio = 0.0
     turn: bool = False  # rotate by a random quarter turn
     fixed_turn: Annotated[int, Field(ge=0, le=3)] = 0  # quarter turns that are always added
-    corrupt: bool = True  # apply the patch-level tasks to this view
+    # apply the patch-level tasks to this view: all, none, or only those named, each to the patches it would
+    # have among all of them; views that differ in this are encoded in calls of their own
+    corrupt: bool | tuple[str, ...] = True
+    disjoint: bool = True  # no patch belongs to two tasks; false: each task chooses from all patches
     patch_augment: bool = False  # crop and resize back, jitter and grey every patch on its own
     legacy_jitter_after_norm: bool = False  # jitter those patches after normalisation, as RelViT's release
     shuffle: bool = False  # move the patches to random places
@@ -109,7 +112,7 @@ class ViewConfig(_Settings):
         """What views must agree on to be encoded in one call."""
         patches = (self.corrupt, self.patch_augment, self.legacy_jitter_after_norm, self.shuffle)
         border = self.shift_border if self.shift_px else None
-        return (self.size_px, *patches, self.local, self.mask, border)
+        return (self.size_px, *patches, self.disjoint, self.local, self.mask, border)
 
 
 def encoder_calls(views: Mapping[str, ViewConfig]) -> tuple[tuple[str, ...], ...]:
@@ -187,10 +190,11 @@ def crop_boxes(
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """How many patches of a view each patch-level task works on; the sets never overlap."""
+    """How many patches of a view each patch-level task works on."""
 
     grid: tuple[int, int]
     patch_px: int
+    disjoint: bool = True  # no patch is in two sets
     colorization: int = 0
     inpainting: int = 0
     inpainting_block: bool = False  # one contiguous region instead of scattered patches
@@ -211,7 +215,7 @@ class PatchConfig:
 
 @dataclass(frozen=True)
 class PatchSets:
-    """Disjoint sets of patch indices (row by row) of M views."""
+    """Sets of patch indices (row by row) of M views, disjoint unless they are drawn to overlap."""
 
     colorization: Tensor  # int64 (M, colorization)
     inpainting: Tensor  # int64 (M, inpainting)
@@ -220,6 +224,22 @@ class PatchSets:
     jigsaw_source: Tensor  # int64 (M, jigsaw): slot a receives the content of this patch
     jigsaw_class: Tensor  # int64 (M,): which permutation, in permset mode; else 0
     shuffled: Tensor | None = None  # int64 (M, N): place i shows the content of this patch; None: its own
+    overlapping: bool = False  # a patch may be in several sets
+
+    def only(self, tasks: Sequence[str]) -> PatchSets:
+        """The sets of these tasks as they are; those of the others are empty."""
+        kept = {name for task in tasks for name in PATCH_TASKS[task]}
+        others = {name for names in PATCH_TASKS.values() for name in names} - kept
+        return replace(self, **{name: getattr(self, name)[:, :0] for name in others})
+
+
+# which sets a patch-level task works on
+PATCH_TASKS: Mapping[str, tuple[str, ...]] = {
+    "colorization": ("colorization",),
+    "inpainting": ("inpainting",),
+    "relative_position": ("pairs",),
+    "jigsaw": ("jigsaw", "jigsaw_source"),
+}
 
 
 @dataclass(frozen=True)
@@ -304,18 +324,25 @@ def _strengths(config: JitterConfig) -> tuple[float, ...]:
 
 
 def draw_patch_sets(config: PatchConfig, draw: Draw) -> PatchSets:
-    """Share out the patches in this order: permset jigsaw, pairs, colorization, inpainting, slot jigsaw."""
+    """Share out the patches in this order: permset jigsaw, pairs, colorization, inpainting, slot jigsaw.
+
+    Sets that may overlap are drawn independently, each from all patches.
+    """
     count, columns = config.num_patches, config.grid[1]
     assert config.total <= count // 2, "patch tasks may take at most half of the patches"
-    draws = draw(Stream.PATCHES, 2 * count)
-    priority, tie_break = draws[:, :count], draws[:, count:]
-    taken = torch.zeros_like(priority, dtype=torch.bool)  # (M, N)
+    draws = draw(Stream.PATCHES, (2 if config.disjoint else 4) * count)
+    priority, tie_break = draws[:, :count], draws[:, count : 2 * count]
+    of_inpainting = priority if config.disjoint else draws[:, 2 * count : 3 * count]
+    of_jigsaw = priority if config.disjoint else draws[:, 3 * count :]
+    none = torch.zeros_like(priority, dtype=torch.bool)  # (M, N)
+    taken = none
     jigsaw_class = torch.zeros_like(taken[:, 0], dtype=torch.int64)
     permset = config.jigsaw > 0 and config.jigsaw_mode == "permset"
     if permset:
         assert config.jigsaw == 9, "permset jigsaw permutes 9 patches"
         draws = draw(Stream.JIGSAW, count + 1)
         jigsaw, taken = patch_plan.take_cells(draws[:, 1:], taken, config.grid)
+        taken = taken if config.disjoint else none
         jigsaw_class = (draws[:, 0] * config.num_permutations).long()
         permutation = patch_plan.permutation_set_on(draws.device, config.num_permutations)[jigsaw_class]
     if config.pair_mode == "neighbor":
@@ -328,18 +355,24 @@ def draw_patch_sets(config: PatchConfig, draw: Draw) -> PatchSets:
         pairs = index.view(len(index), config.pairs, 2)
     turned = (draws[:, : config.pairs] < 0.5).unsqueeze(2)  # either patch of a pair may come first
     pairs = torch.where(turned, pairs.flip(2), pairs)
+    taken = taken if config.disjoint else none
     colorization, taken = patch_plan.take_first(priority, taken, config.colorization)
+    taken = taken if config.disjoint else none
     if config.inpainting_block:
-        inpainting, taken = patch_plan.take_block(priority, tie_break, taken, config.inpainting, columns)
+        inpainting, taken = patch_plan.take_block(of_inpainting, tie_break, taken, config.inpainting, columns)
     else:
-        inpainting, taken = patch_plan.take_first(priority, taken, config.inpainting)
+        inpainting, taken = patch_plan.take_first(of_inpainting, taken, config.inpainting)
+    taken = taken if config.disjoint else none
     if not permset:
-        index, taken = patch_plan.take_first(priority, taken, config.jigsaw)
+        index, taken = patch_plan.take_first(of_jigsaw, taken, config.jigsaw)
         jigsaw = index.sort(dim=1).values
         num_tries = patch_plan.DERANGEMENT_TRIES
         draws = draw(Stream.JIGSAW, num_tries * config.jigsaw)
         permutation = patch_plan.derangements(draws.view(len(draws), num_tries, config.jigsaw))
-    return PatchSets(colorization, inpainting, pairs, jigsaw, jigsaw.gather(1, permutation), jigsaw_class)
+    source = jigsaw.gather(1, permutation)
+    return PatchSets(
+        colorization, inpainting, pairs, jigsaw, source, jigsaw_class, overlapping=not config.disjoint
+    )
 
 
 def draw_tile_plan(index: Tensor, patch_px: int, draw: Draw) -> TilePlan:
@@ -410,6 +443,7 @@ def draw_view_plan(
     grid, patch_px = (patches.grid, patches.patch_px) if patches is not None else ((1, 1), 1)
     if patches is None or not views[0].corrupt or not patches.total:
         patches = PatchConfig(grid=(1, 1), patch_px=1)  # no tasks
+    patches = replace(patches, disjoint=views[0].disjoint)
     streams = range(len(views)) if view_indices is None else view_indices
 
     asked = _asked_for(tuple(views), patches)
@@ -434,6 +468,8 @@ def draw_view_plan(
     blur_draws = draw(Stream.BLUR, 2)
     sigma_px = torch.lerp(sigma_low, sigma_high, blur_draws[:, 1])
     sets = draw_patch_sets(patches, draw)
+    if isinstance(views[0].corrupt, tuple):
+        sets = sets.only(views[0].corrupt)
     view, num_patches = views[0], grid[0] * grid[1]
     if view.shuffle:
         order = draw(Stream.SHUFFLE, num_patches).argsort(dim=1, stable=True)

@@ -201,7 +201,7 @@ def _finishing(
         patches.patch_px,
         view.shift_border,
         blur=any(view.blur.prob > 0 for view in views),
-        corrupt=bool(patches.total) and view.corrupt,
+        corrupt=bool(patches.total and view.corrupt),
         blank_inpainting=recipe.blank_inpainting,
         patch_augment=view.patch_augment,
         jitter_after_norm=view.legacy_jitter_after_norm,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.tokens import take
 from pretrain.views.corrupt import corrupt, put, relative_position_label
-from pretrain.views.pixels import render, split_patches
+from pretrain.views.pixels import crop_resize_tiles, render, split_patches, to_gray
 from pretrain.views.plan import BlurConfig, PatchConfig, ViewConfig, ViewPlan, draw_view_plan
 
 PATCHES = PatchConfig(grid=(8, 8), patch_px=8, colorization=6, inpainting=10, pairs=4, jigsaw=8)
@@ -116,6 +116,45 @@ def test_a_jigsaw_slot_shows_the_content_of_its_source() -> None:
     plan = _without_tile_augmentation(_plan())
     shown = take(split_patches(corrupt(clean, plan, 8), 8), plan.patches.jigsaw).mean(dim=(3, 4))
     torch.testing.assert_close(shown, colours[plan.patches.jigsaw_source])
+
+
+def test_where_sets_overlap_tasks_work_on_what_is_shown_by_then() -> None:
+    """A patch that is coloured, in a pair and moved: grey first, then the pair, and the jigsaw has the last word."""
+    clean = _images(1)
+    first, other = torch.tensor([[3]]), torch.tensor([[5]])
+    sets = replace(
+        _plan(num_images=1).patches,
+        colorization=first,
+        inpainting=torch.tensor([[9]]),
+        pairs=torch.tensor([[[3, 9]]]),
+        jigsaw=torch.cat([first, other], dim=1),
+        jigsaw_source=torch.cat([other, first], dim=1),
+        overlapping=True,
+    )
+    index = torch.cat([sets.pairs.flatten(1), sets.jigsaw], dim=1)
+    plan = _without_tile_augmentation(replace(_plan(num_images=1), patches=sets))
+    jitter = replace(
+        plan.tiles.jitter,
+        **{name: getattr(plan.tiles.jitter, name)[:4] for name in ("apply", "factors", "order")},
+    )
+    tiles = replace(
+        plan.tiles,
+        index=index,
+        offset_px=torch.zeros(1, 4, 2, dtype=torch.int64),
+        jitter=jitter,
+        gray=torch.zeros(1, 4, dtype=torch.bool),
+    )
+    shown = split_patches(corrupt(clean, replace(plan, tiles=tiles), 8, torch.tensor([0.4, 0.5, 0.6])), 8)[0]
+    patches = split_patches(clean, 8)[0]
+
+    def cropped(patch: Tensor) -> Tensor:
+        return crop_resize_tiles(patch[None], torch.zeros(1, 2, dtype=torch.int64), 7)[0]
+
+    torch.testing.assert_close(shown[3], cropped(patches[5]))  # not grey: the jigsaw came last
+    torch.testing.assert_close(shown[5], cropped(to_gray(patches[3][None])[0]))  # moved when it was grey
+    torch.testing.assert_close(shown[9], torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1).expand(3, 8, 8))
+    others = [place for place in range(64) if place not in (3, 5, 9)]
+    assert torch.equal(shown[others], patches[others])
 
 
 def test_relative_position_reads_like_a_page() -> None:

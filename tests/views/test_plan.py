@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def _tensors(plan: object) -> Iterator[Tensor]:
         value = getattr(plan, field.name)
         if is_dataclass(value):
             yield from _tensors(value)
-        elif value is not None:
+        elif isinstance(value, Tensor):
             yield value
 
 
@@ -192,9 +193,52 @@ def test_views_without_patch_tasks_have_empty_sets() -> None:
         assert plan.patches.jigsaw_class.tolist() == [0, 0, 0]
 
 
+def test_a_view_of_some_tasks_has_the_sets_that_they_have_among_all() -> None:
+    ids = torch.arange(20)
+    whole = draw_view_plan([VIEW], MIXED, 0, torch.zeros_like(ids), ids).patches
+    some = VIEW.model_copy(update={"corrupt": ("relative_position", "jigsaw")})
+    plan = draw_view_plan([some], MIXED, 0, torch.zeros_like(ids), ids)
+    assert torch.equal(plan.patches.pairs, whole.pairs)
+    assert torch.equal(plan.patches.jigsaw, whole.jigsaw)
+    assert torch.equal(plan.patches.jigsaw_source, whole.jigsaw_source)
+    assert plan.patches.colorization.shape == plan.patches.inpainting.shape == (20, 0)
+    assert plan.tiles.index.shape[1] == 2 * MIXED.pairs + MIXED.jigsaw
+    colored = VIEW.model_copy(update={"corrupt": ("colorization",)})
+    plan = draw_view_plan([colored], MIXED, 0, torch.zeros_like(ids), ids)
+    assert torch.equal(plan.patches.colorization, whole.colorization)
+    assert plan.tiles.index.shape[1] == plan.patches.jigsaw.shape[1] == plan.patches.pairs.shape[1] == 0
+
+
+def test_sets_that_may_overlap_are_drawn_independently() -> None:
+    """Of exact size, and as often in common as chance has it."""
+    ids = torch.arange(2000)
+    overlapping = VIEW.model_copy(update={"disjoint": False})
+    sets = draw_view_plan([overlapping], MIXED, 3, torch.zeros_like(ids), ids).patches
+    members = {
+        name: torch.zeros(2000, 64).scatter(1, index.flatten(1), 1.0)
+        for name, index in (
+            ("colorization", sets.colorization),
+            ("inpainting", sets.inpainting),
+            ("pairs", sets.pairs),
+            ("jigsaw", sets.jigsaw),
+        )
+    }
+    sizes = {name: int(member.sum(dim=1).unique().item()) for name, member in members.items()}
+    assert sizes == {"colorization": 6, "inpainting": 10, "pairs": 8, "jigsaw": 8}
+    for one, other in combinations(members, 2):
+        expected = sizes[one] * sizes[other] / 64
+        found = (members[one] * members[other]).sum(dim=1).mean().item()
+        assert found == pytest.approx(expected, rel=0.15), (one, other)
+
+
 def test_views_that_cannot_share_tensors_are_refused() -> None:
     ids = torch.arange(3)
-    for change in ({"corrupt": False}, {"size_px": 32}):
+    for change in (
+        {"corrupt": False},
+        {"size_px": 32},
+        {"corrupt": ("jigsaw",)},
+        {"disjoint": False},
+    ):
         with pytest.raises(ValueError, match="must agree"):
             draw_view_plan([VIEW, VIEW.model_copy(update=change)], MIXED, 0, torch.zeros_like(ids), ids)
 
