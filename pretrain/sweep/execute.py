@@ -196,7 +196,7 @@ def _record_failure(run: Run, stage: str, error: CommandError) -> None:
 def train_command(sweep: Sweep, run: Run) -> list[str]:
     ranks = [] if sweep.num_processes is None else ["--nproc", str(sweep.num_processes)]
     where = ["--resume", "auto", "--output-dir", str(run.folder)]
-    return ["train", str(sweep.base), *run.overrides, *where, *ranks]
+    return ["train", str(sweep.base_of(run.variant)), *run.overrides, *where, *ranks]
 
 
 def _done(run: Run, progress: Mapping[str, Any]) -> dict[str, Any]:

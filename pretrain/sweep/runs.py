@@ -35,9 +35,8 @@ class Sweep:
     num_processes: int | None = None
     overrides: tuple[str, ...] = ()
 
-    @property
-    def base(self) -> Path:
-        return self.path.parent / self.study.base
+    def base_of(self, variant: str) -> Path:
+        return self.path.parent / self.study.base_of(variant)
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def resolve_variants(sweep: Sweep) -> dict[str, tuple[tuple[str, ...], RunConfig
     for name, own in sweep.study.all_variants().items():
         overrides = (*sweep.study.overrides, *own, *sweep.overrides)
         try:
-            config = load_config(sweep.base, overrides)
+            config = load_config(sweep.base_of(name), overrides)
             check(config, sweep.num_processes or 1)
         except ConfigError as error:
             raise ConfigError(f"variant '{name}': {error}") from None
@@ -143,7 +142,8 @@ def _refuse_absent_tasks(sweep: Sweep) -> None:
     """A subset of tasks that the base does not have would be another one than its name says."""
     if sweep.study.subsets is None:
         return
-    enabled = load_config(sweep.base, (*sweep.study.overrides, *sweep.overrides)).tasks.enabled()
+    base = sweep.path.parent / sweep.study.base
+    enabled = load_config(base, (*sweep.study.overrides, *sweep.overrides)).tasks.enabled()
     for task in sweep.study.subsets.of:
         if task not in enabled:
             raise ConfigError(
@@ -183,7 +183,7 @@ def plan_runs(sweep: Sweep, seconds_per_step: Mapping[str, float] | None = None)
         for name, (overrides, config) in variants.items():
             factor = seconds_per_step[reference] / seconds_per_step[name]
             scaled = (*overrides, *scaled_schedule(config, factor))
-            variants[name] = (scaled, load_config(sweep.base, scaled))
+            variants[name] = (scaled, load_config(sweep.base_of(name), scaled))
     runs = []
     for seed in study.seeds:
         for name, (overrides, config) in variants.items():

@@ -80,13 +80,20 @@ class ReadOut(_Settings):
     variants: tuple[str, ...] | None = None  # None: all of them
 
 
+class Variant(_Settings):
+    """A row that starts from a config of its own."""
+
+    base: str  # relative to the study
+    overrides: tuple[Override, ...] = ()
+
+
 class Study(_Settings):
     """A study, completely."""
 
     base: str  # the config of a run, relative to the study
     overrides: tuple[Override, ...] = ()  # for every run
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
-    variants: dict[str, tuple[Override, ...]] = {}
+    variants: dict[str, tuple[Override, ...] | Variant] = {}  # name -> overrides of the base, or of another
     subsets: Subsets | None = None
     budget: BudgetKind = "images"
     cost: dict[str, Positive] = {}  # seconds per step of each variant, for budget: compute; {}: measured
@@ -97,7 +104,15 @@ class Study(_Settings):
 
     def all_variants(self) -> dict[str, tuple[str, ...]]:
         """Name -> overrides: the rows of the table, in their order."""
-        return {**(dict(self.subsets.variants()) if self.subsets else {}), **self.variants}
+        own = {
+            name: row.overrides if isinstance(row, Variant) else row for name, row in self.variants.items()
+        }
+        return {**(dict(self.subsets.variants()) if self.subsets else {}), **own}
+
+    def base_of(self, variant: str) -> str:
+        """The config that a row starts from, relative to the study."""
+        row = self.variants.get(variant)
+        return row.base if isinstance(row, Variant) else self.base
 
     def read_columns(self) -> list[tuple[str, ReadOut, str]]:
         """Name of the column, read-out, key of its result."""

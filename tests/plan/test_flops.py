@@ -95,6 +95,11 @@ def test_flops_of_the_core_method_and_of_its_variants(overrides: list[str]) -> N
     assert_agree(told, counted(config))
 
 
+def test_flops_of_a_pass_for_each_task() -> None:
+    config = reduced_config(CONFIGS / "cifar10_cpu_separate.yaml", Path("shards"))
+    assert_agree(train_flops(config), counted(config))
+
+
 def test_flops_of_a_step_with_blocks_to_predict(monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of the blocks is drawn for each step; for the size of this step the count is exact."""
     config = reduced_config(METHODS / "ijepa_vits4_cifar10.yaml", Path("shards"))

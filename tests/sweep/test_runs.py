@@ -41,10 +41,28 @@ def test_every_variant_runs_with_every_seed_and_whole_seeds_come_first(tmp_path:
 def test_the_overrides_that_train_is_given_make_the_config_that_is_hashed(tmp_path: Path) -> None:
     sweep = small_sweep(tmp_path, STUDY, "optim.weight_decay=0.01")
     for run in plan_runs(sweep):
-        assert load_config(sweep.base, run.overrides) == run.config
+        assert load_config(sweep.base_of(run.variant), run.overrides) == run.config
         assert run.config.optim.weight_decay == 0.01
         assert run.config.tasks.jigsaw is None
         assert (run.config.tasks.contrastive is None) == (run.variant == "rotation")
+
+
+def test_a_variant_may_start_from_a_config_of_its_own(tmp_path: Path) -> None:
+    small_sweep(tmp_path)
+    (tmp_path / "other.yaml").write_text("extends: run.yaml\noptim: {weight_decay: 0.5}\n")
+    text = STUDY.replace(
+        "variants:\n",
+        "variants:\n  other: {base: other.yaml, overrides: [tasks.jigsaw=null, optim.base_lr=0.25]}\n",
+    )
+    sweep = small_sweep(tmp_path, text)
+    first, *_ = plan_runs(sweep)
+    assert first.variant == "other"
+    assert (first.config.optim.weight_decay, first.config.optim.base_lr) == (0.5, 0.25)
+    assert load_config(sweep.base_of("other"), first.overrides) == first.config
+    assert sweep.base_of("both").name == "run.yaml"
+    (tmp_path / "other.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"variant 'other': .*other\.yaml: cannot be read"):
+        plan_runs(sweep)
 
 
 def test_a_wrong_variant_is_told_by_name_before_anything_runs(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_a_jigsaw_slot_shows_the_content_of_its_source() -> None:
 
 
 def test_where_sets_overlap_tasks_work_on_what_is_shown_by_then() -> None:
-    """A patch that is coloured, in a pair and moved: grey first, then the pair, and the jigsaw has the last word."""
+    """A patch that is coloured, paired and moved: grey first, then the pair, and at last the jigsaw."""
     clean = _images(1)
     first, other = torch.tensor([[3]]), torch.tensor([[5]])
     sets = replace(
