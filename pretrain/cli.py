@@ -182,6 +182,9 @@ def _add_sweep(commands: Any) -> None:
     sweep.add_argument(
         "--output-dir", type=Path, metavar="DIR", help="of all runs (default: runs/<name of STUDY>)"
     )
+    sweep.add_argument(
+        "--results", type=Path, metavar="DIR", help="also keep a record of each finished run here, to commit"
+    )
     sweep.add_argument("--nproc", type=_positive, metavar="N", help="ranks of each run on this machine")
     sweep.add_argument(
         "--max-minutes", type=_minutes, metavar="M", help="stop after this time; the same command goes on"
@@ -352,7 +355,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from pretrain.sweep.processes import Processes
     from pretrain.sweep.runs import open_sweep
 
-    sweep = open_sweep(arguments.study, arguments.output_dir, arguments.nproc, arguments.overrides)
+    chosen = arguments
+    sweep = open_sweep(chosen.study, chosen.output_dir, chosen.nproc, chosen.overrides, chosen.results)
     if arguments.dry_run:
         _say(execute.describe(sweep))
         return EXIT_DONE

@@ -86,20 +86,24 @@ def _go_on_from(run_dir: Path, resume_from: Path | None, attempt: Attempt | None
 def environment() -> dict[str, Any]:
     """Versions and machine, for whoever wants to repeat the run."""
     packages = ("torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy", "safetensors", "pydantic")
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
+    commit = _git("rev-parse", "HEAD")
     return {
         "command": [word.encode("utf-8", "backslashreplace").decode() for word in sys.argv],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version(name) for name in packages},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
         "commit": commit or None,
+        # of the package: its settings stand in config.yaml
+        "uncommitted": bool(_git("status", "--porcelain", "--", ".")) if commit else None,
     }
+
+
+def _git(*arguments: str) -> str:
+    """What git says in the package's folder; nothing where it is no repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -12,11 +11,11 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
 from pretrain.sweep.processes import CommandError, Processes, StoppedError, only_one
+from pretrain.sweep.record import about_run, metric_records, write_records
 from pretrain.sweep.runs import (
     COST,
     DONE,
@@ -98,6 +97,7 @@ def _run_all(
             for line in error.last_lines:
                 logger.warning("  %s", line)
         write_table(sweep, runs)
+        write_records(sweep, [run])
     return failed, unfinished
 
 
@@ -121,6 +121,7 @@ def show_table(sweep: Sweep, runs: Sequence[Run]) -> None:
     for run in runs:
         refuse_changed(run)  # nor is it counted
     write_table(sweep, runs)
+    write_records(sweep, runs)
     logger.info("\n%s\n\ntable in %s", format_table(table_of(sweep, runs)), sweep.folder / "table.md")
 
 
@@ -184,7 +185,7 @@ def _run(sweep: Sweep, run: Run, processes: Processes, title: str) -> None:
             raise failure
         progress["read_outs"][read_out.name] = {"asked": wanted, "seconds": seconds, "result": result}
         write_json(run.folder / PROGRESS, progress)
-    write_json(run.folder / DONE, _done(run, progress))
+    write_json(run.folder / DONE, _done(sweep, run, progress))
     (run.folder / FAILED).unlink(missing_ok=True)
 
 
@@ -199,7 +200,7 @@ def train_command(sweep: Sweep, run: Run) -> list[str]:
     return ["train", str(sweep.base_of(run.variant)), *run.overrides, *where, *ranks]
 
 
-def _done(run: Run, progress: Mapping[str, Any]) -> dict[str, Any]:
+def _done(sweep: Sweep, run: Run, progress: Mapping[str, Any]) -> dict[str, Any]:
     environment = read_json(run.folder / "environment.json") or {}
     records = metric_records(run.folder)
     return {
@@ -216,13 +217,10 @@ def _done(run: Run, progress: Mapping[str, Any]) -> dict[str, Any]:
         "stage_seconds": progress["stages"],  # whole processes; the training's without what was interrupted
         "read_outs": progress["read_outs"],
         "metrics": last_values(records),
+        "processes": sweep.num_processes or 1,
+        **about_run(run),
         "unix_time": round(time.time(), 2),
     }
-
-
-def metric_records(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def train_seconds(records: Sequence[Mapping[str, Any]]) -> float:
@@ -352,6 +350,7 @@ def describe_array(sweep: Sweep) -> str:
     num_runs = len(resolve_variants(sweep)) * len(sweep.study.seeds)
     ranks = [] if sweep.num_processes is None else ["--nproc", str(sweep.num_processes)]
     where = ["--output-dir", str(sweep.folder)]
+    where += [] if sweep.results is None else ["--results", str(sweep.results)]
     command = shlex.join(["pretrain", "sweep", str(sweep.path), *sweep.overrides, *where, *ranks])
     lines = [f"{num_runs} runs"]
     after = ""

@@ -34,6 +34,7 @@ class Sweep:
     folder: Path
     num_processes: int | None = None
     overrides: tuple[str, ...] = ()
+    results: Path | None = None  # where the records of finished runs are kept
 
     def base_of(self, variant: str) -> Path:
         return self.path.parent / self.study.base_of(variant)
@@ -64,16 +65,31 @@ class Run:
 
 
 def open_sweep(
-    path: Path, folder: Path | None, num_processes: int | None = None, overrides: Sequence[str] = ()
+    path: Path,
+    folder: Path | None,
+    num_processes: int | None = None,
+    overrides: Sequence[str] = (),
+    results: Path | None = None,
 ) -> Sweep:
     """Read the study; its runs go to `runs/<name of the study>` unless told otherwise."""
     study = load_study(path)
+    if results is not None:
+        _refuse_results(results)
     for override in overrides:
         try:
             refuse_seed(override)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    return Sweep(study, path, folder or Path("runs") / path.stem, num_processes, tuple(overrides))
+    return Sweep(study, path, folder or Path("runs") / path.stem, num_processes, tuple(overrides), results)
+
+
+def _refuse_results(folder: Path) -> None:
+    """A place that cannot hold records, told before hours of training."""
+    above = folder
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise UserError(f"--results {folder}: {above} is a file; name a folder")
 
 
 def hash_of(settings: Mapping[str, Any]) -> str:

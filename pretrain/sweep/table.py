@@ -55,6 +55,7 @@ def table_of(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
         "rows": rows,
         "hardware": sorted({done["hardware"] for done in all_done}),
         "commits": sorted({done["commit"] or "unknown" for done in all_done}),
+        "uncommitted": any(done.get("uncommitted") for done in all_done),
     }
 
 
@@ -144,7 +145,8 @@ def _notes(table: Mapping[str, Any]) -> list[str]:
         notes.append(f"Hardware: {'; '.join(table['hardware'])}.")
         commits = [commit[:12] for commit in table["commits"]]
         warning = " (several: are they the same where it matters?)" if len(commits) > 1 else ""
-        notes.append(f"Commit: {', '.join(commits)}{warning}.")
+        changed = ", with changes that are in no commit" if table.get("uncommitted") else ""
+        notes.append(f"Commit: {', '.join(commits)}{changed}{warning}.")
     failed = [f"{row['variant']}/seed-{seed}" for row in table["rows"] for seed in row["failed"]]
     if failed:
         notes.append(f"Failed: {', '.join(failed)}.")

@@ -58,6 +58,11 @@ def test_what_is_not_there_is_left_out_and_several_commits_are_told(tmp_path: Pa
     sweep, runs = small_sweep(tmp_path)
     finish(runs["both/seed-0"], 0.4, 0.5)
     assert "Commit: c0ffee." in format_table(table_of(sweep, list(runs.values())))
+    done = runs["both/seed-0"].folder / DONE
+    write_json(done, {**json.loads(done.read_text()), "uncommitted": True})
+    told = "Commit: c0ffee, with changes that are in no commit."
+    assert told in format_table(table_of(sweep, list(runs.values())))
+    finish(runs["both/seed-0"], 0.4, 0.5)
     finish(runs["both/seed-1"], 0.4, 0.5, commit="other")
     text = format_table(table_of(sweep, list(runs.values())))
     assert "Commit: c0ffee, other (several" in text
