@@ -347,7 +347,7 @@ def describe(sweep: Sweep) -> str:
 
 def describe_array(sweep: Sweep) -> str:
     """The lines that give every run a Slurm job of its own."""
-    num_runs = len(resolve_variants(sweep)) * len(sweep.study.seeds)
+    num_runs = sum(len(sweep.study.seeds_of(name)) for name in resolve_variants(sweep))
     ranks = [] if sweep.num_processes is None else ["--nproc", str(sweep.num_processes)]
     where = ["--output-dir", str(sweep.folder)]
     where += [] if sweep.results is None else ["--results", str(sweep.results)]

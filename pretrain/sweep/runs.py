@@ -203,6 +203,8 @@ def plan_runs(sweep: Sweep, seconds_per_step: Mapping[str, float] | None = None)
     runs = []
     for seed in study.seeds:
         for name, (overrides, config) in variants.items():
+            if seed not in study.seeds_of(name):
+                continue
             read_outs = tuple(one for one in study.evaluate if name in (one.variants or (name,)))
             own = config.model_copy(update={"seed": seed})
             folder = sweep.folder / name / f"seed-{seed}"

@@ -81,10 +81,11 @@ class ReadOut(_Settings):
 
 
 class Variant(_Settings):
-    """A row that starts from a config of its own."""
+    """A row with a config, or with seeds, of its own."""
 
-    base: str  # relative to the study
+    base: str | None = None  # relative to the study; None: the study's
     overrides: tuple[Override, ...] = ()
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None  # of the study's; None: all of them
 
 
 class Study(_Settings):
@@ -112,7 +113,11 @@ class Study(_Settings):
     def base_of(self, variant: str) -> str:
         """The config that a row starts from, relative to the study."""
         row = self.variants.get(variant)
-        return row.base if isinstance(row, Variant) else self.base
+        return (row.base if isinstance(row, Variant) else None) or self.base
+
+    def seeds_of(self, variant: str) -> tuple[int, ...]:
+        row = self.variants.get(variant)
+        return (row.seeds if isinstance(row, Variant) else None) or self.seeds
 
     def read_columns(self) -> list[tuple[str, ReadOut, str]]:
         """Name of the column, read-out, key of its result."""
@@ -137,6 +142,11 @@ class Study(_Settings):
                 raise ValueError(f"two variants are called '{name}'; rename one")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {list(self.seeds)} names one twice")
+        for name in self.variants:
+            strange = [seed for seed in self.seeds_of(name) if seed not in self.seeds]
+            if strange or len(set(self.seeds_of(name))) < len(self.seeds_of(name)):
+                told = f"has {list(self.seeds_of(name))}; name some of {list(self.seeds)}, each once"
+                raise ValueError(f"variants.{name}.seeds: {told}")
         for override in (*self.overrides, *(one for many in self.all_variants().values() for one in many)):
             refuse_seed(override)
         self._check_budget(names)

@@ -60,6 +60,11 @@ def test_a_variant_may_start_from_a_config_of_its_own(tmp_path: Path) -> None:
     assert (first.config.optim.weight_decay, first.config.optim.base_lr) == (0.5, 0.25)
     assert load_config(sweep.base_of("other"), first.overrides) == first.config
     assert sweep.base_of("both").name == "run.yaml"
+    assert len(plan_runs(sweep)) == 6
+    fewer = text.replace("optim.base_lr=0.25]}", "optim.base_lr=0.25], seeds: [1]}")
+    assert [run.seed for run in plan_runs(small_sweep(tmp_path, fewer)) if run.variant == "other"] == [1]
+    with pytest.raises(ConfigError, match=r"variants.other.seeds: has \[2\]; name some of \[0, 1\]"):
+        small_sweep(tmp_path, text.replace("optim.base_lr=0.25]}", "optim.base_lr=0.25], seeds: [2]}"))
     (tmp_path / "other.yaml").unlink()
     with pytest.raises(ConfigError, match=r"variant 'other': .*other\.yaml: cannot be read"):
         plan_runs(sweep)

@@ -90,7 +90,7 @@ ROWS = {
     "repre_table5": 7,
     "core_question": 7,
     "core_question_compute": 7,
-    "core_question_cpu": 7,
+    "core_cpu": 16,
     "relvit_control": 2,
     "cpu_relvit": 4,
     "cpu_sit": 1,
