@@ -15,7 +15,7 @@ from typing import Any
 
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
 from pretrain.sweep.processes import CommandError, Processes, StoppedError, only_one
-from pretrain.sweep.record import about_run, metric_records, write_records
+from pretrain.sweep.record import about_run, metric_records, take_over, write_records
 from pretrain.sweep.runs import (
     COST,
     DONE,
@@ -61,6 +61,7 @@ def run_sweep(
         runs = resolved_runs(sweep)
         if index is not None and not 0 <= index < len(runs):
             raise UserError(f"--index {index}: the study has runs 0 to {len(runs) - 1}")
+        take_over(sweep, runs)
         chosen = runs if index is None else [runs[index]]
         for run in runs:
             refuse_changed(run)
@@ -118,6 +119,7 @@ def resolved_runs(sweep: Sweep) -> list[Run]:
 
 def show_table(sweep: Sweep, runs: Sequence[Run]) -> None:
     """Write the table from what is done, and show it."""
+    take_over(sweep, runs)
     for run in runs:
         refuse_changed(run)  # nor is it counted
     write_table(sweep, runs)
@@ -254,13 +256,19 @@ def known_costs(sweep: Sweep) -> dict[str, float] | None:
         return {}
     if study.cost:
         return dict(study.cost)
-    measured = read_json(sweep.folder / COST) or {}
+    measured = _measured_costs(sweep)
     names = study.all_variants()
     if not all(name in measured for name in names):
         return None
     for name, (_, config) in resolve_variants(sweep).items():
         _refuse_other_cost(sweep, name, measured[name], hash_of(config.model_dump(mode="json")))
     return {name: measured[name]["seconds_per_step"] for name in names}
+
+
+def _measured_costs(sweep: Sweep) -> dict[str, Any]:
+    """By the name of the variant: measured for these runs, else for those that `--results` has records of."""
+    kept = None if sweep.results is None else read_json(sweep.results / sweep.path.stem / COST)
+    return read_json(sweep.folder / COST) or kept or {}
 
 
 def _refuse_other_cost(sweep: Sweep, name: str, measured: Mapping[str, Any], config_hash: str) -> None:
@@ -274,7 +282,7 @@ def _refuse_other_cost(sweep: Sweep, name: str, measured: Mapping[str, Any], con
 def measure_costs(sweep: Sweep, processes: Processes) -> dict[str, float]:
     """Measure the seconds per step of every variant in a short run each, and keep them for all its runs."""
     path = sweep.folder / COST
-    measured = read_json(path) or {}
+    measured = _measured_costs(sweep)
     for name, (overrides, config) in resolve_variants(sweep).items():
         config_hash = hash_of(config.model_dump(mode="json"))
         if name in measured:

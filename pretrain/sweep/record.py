@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -12,7 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any
 
-from pretrain.sweep.runs import COST, DONE, Run, Sweep, is_done, read_json
+from pretrain.sweep.runs import COST, DONE, PROGRESS, Run, Sweep, is_done, read_json, write_json
+
+logger = logging.getLogger("pretrain")
 
 MAX_POINTS = 60  # of a curve
 MAX_ITEMS = 8  # of a list in a result: a table reads numbers by their names, so longer ones are left out
@@ -150,8 +153,23 @@ def write_records(sweep: Sweep, runs: Sequence[Run]) -> None:
         _write(folder / COST, _as_text(portable(costs)))
     for run in runs:
         done = read_json(run.folder / DONE) if is_done(run) else None
-        if done is not None:
+        if done is not None and "date" not in done:  # which one that was taken over has
             _write(folder / run.variant / f"seed-{run.seed}.json", _as_text(record_of(sweep, run, done)))
+
+
+def take_over(sweep: Sweep, runs: Sequence[Run]) -> None:
+    """Runs that `sweep.results` has a record of, made elsewhere with the same settings, are not run again."""
+    if sweep.results is None:
+        return
+    taken = []
+    for run in runs:
+        record = read_json(sweep.results / sweep.path.stem / run.variant / f"seed-{run.seed}.json")
+        is_new = not any((run.folder / name).exists() for name in (DONE, PROGRESS))
+        if is_new and record is not None and record["config_hash"] == run.config_hash:
+            write_json(run.folder / DONE, record)
+            taken.append(run.name)
+    if taken:
+        logger.info("%d runs taken over from %s", len(taken), sweep.results / sweep.path.stem)
 
 
 def _costs(sweep: Sweep) -> dict[str, Any]:

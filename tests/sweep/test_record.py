@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,27 @@ def test_records_of_what_was_done_before_are_written_when_they_are_asked_for(
     assert len(before) == 3
     assert sweep() == 0
     assert {path: path.stat().st_mtime_ns for path in Path("kept").rglob("*.*")} == before
+
+
+def test_a_run_that_has_a_record_is_not_run_again_elsewhere(calls: Path, tmp_path: Path) -> None:
+    write_study(tmp_path, ONE_SEED)
+    assert sweep("--index", 0) == 0
+    kept, text = Path("kept/study/both/seed-0.json"), calls.read_text()
+    before = kept.read_text()
+    shutil.rmtree("out")
+    assert sweep() == 0
+    more = calls.read_text().removeprefix(text)
+    assert "tasks.contrastive=null" in more
+    assert "both" not in more
+    assert kept.read_text() == before
+    table = json.loads(Path("out/table.json").read_text())
+    assert [row["finished"] for row in table["rows"]] == [1, 1]
+    assert table["rows"][0]["columns"]["knn"]["mean"] is not None
+
+    shutil.rmtree("out")
+    assert sweep("optim.weight_decay=0.3", "--dry-run") == 0
+    assert sweep("optim.weight_decay=0.3") == 0  # with other settings it is another run
+    assert "both" in calls.read_text().removeprefix(text + more)
 
 
 def test_a_record_holds_no_path_of_the_machine(calls: Path, tmp_path: Path) -> None:
