@@ -185,6 +185,9 @@ def _add_sweep(commands: Any) -> None:
     sweep.add_argument(
         "--results", type=Path, metavar="DIR", help="also keep a record of each finished run here, to commit"
     )
+    sweep.add_argument(
+        "--skip", action="append", metavar="NAME", help="leave this read-out out for now; repeatable"
+    )
     sweep.add_argument("--nproc", type=_positive, metavar="N", help="ranks of each run on this machine")
     sweep.add_argument(
         "--max-minutes", type=_minutes, metavar="M", help="stop after this time; the same command goes on"
@@ -355,8 +358,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from pretrain.sweep.processes import Processes
     from pretrain.sweep.runs import open_sweep
 
-    chosen = arguments
-    sweep = open_sweep(chosen.study, chosen.output_dir, chosen.nproc, chosen.overrides, chosen.results)
+    sweep = open_sweep(
+        arguments.study,
+        arguments.output_dir,
+        arguments.nproc,
+        arguments.overrides,
+        results=arguments.results,
+        skip=arguments.skip or (),
+    )
     if arguments.dry_run:
         _say(execute.describe(sweep))
         return EXIT_DONE

@@ -359,6 +359,7 @@ def describe_array(sweep: Sweep) -> str:
     ranks = [] if sweep.num_processes is None else ["--nproc", str(sweep.num_processes)]
     where = ["--output-dir", str(sweep.folder)]
     where += [] if sweep.results is None else ["--results", str(sweep.results)]
+    where += [word for name in sweep.skip for word in ("--skip", name)]
     command = shlex.join(["pretrain", "sweep", str(sweep.path), *sweep.overrides, *where, *ranks])
     lines = [f"{num_runs} runs"]
     after = ""

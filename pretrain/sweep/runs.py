@@ -35,6 +35,7 @@ class Sweep:
     num_processes: int | None = None
     overrides: tuple[str, ...] = ()
     results: Path | None = None  # where the records of finished runs are kept
+    skip: tuple[str, ...] = ()  # read-outs of the study's file that are left out
 
     def base_of(self, variant: str) -> Path:
         return self.path.parent / self.study.base_of(variant)
@@ -69,10 +70,20 @@ def open_sweep(
     folder: Path | None,
     num_processes: int | None = None,
     overrides: Sequence[str] = (),
+    *,
     results: Path | None = None,
+    skip: Sequence[str] = (),
 ) -> Sweep:
-    """Read the study; its runs go to `runs/<name of the study>` unless told otherwise."""
+    """Read the study; its runs go to `runs/<name of the study>` unless told otherwise.
+
+    skip: names of read-outs that are left out.
+    """
     study = load_study(path)
+    known = [one.name for one in study.evaluate]
+    for name in skip:
+        if name not in known:
+            raise ConfigError(f"--skip {name}: the study has no such read-out; {nearest(name, known)}")
+    study = study.model_copy(update={"evaluate": tuple(o for o in study.evaluate if o.name not in skip)})
     if results is not None:
         _refuse_results(results)
     for override in overrides:
@@ -80,7 +91,8 @@ def open_sweep(
             refuse_seed(override)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    return Sweep(study, path, folder or Path("runs") / path.stem, num_processes, tuple(overrides), results)
+    folder = folder or Path("runs") / path.stem
+    return Sweep(study, path, folder, num_processes, tuple(overrides), results, tuple(skip))
 
 
 def _refuse_results(folder: Path) -> None:

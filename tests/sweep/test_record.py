@@ -66,6 +66,20 @@ def test_records_of_what_was_done_before_are_written_when_they_are_asked_for(
     assert {path: path.stat().st_mtime_ns for path in Path("kept").rglob("*.*")} == before
 
 
+def test_a_read_out_may_be_left_for_later(
+    calls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_study(tmp_path, ONE_SEED)
+    assert sweep("--skip", "knn") == 0
+    assert record("both")["read_outs"] == {}
+    assert "evaluate" not in calls.read_text()
+    assert sweep() == 0
+    assert record("both")["read_outs"]["knn"]["result"]["top1_ratio"] == 0.5
+    assert calls.read_text().count("train run.yaml") == 2
+    assert sweep("--skip", "kn") == 2
+    assert "--skip kn: the study has no such read-out; did you mean 'knn'?" in capsys.readouterr().err
+
+
 def test_a_run_that_has_a_record_is_not_run_again_elsewhere(calls: Path, tmp_path: Path) -> None:
     write_study(tmp_path, ONE_SEED)
     assert sweep("--index", 0) == 0
