@@ -24,6 +24,7 @@ NORM_EPS = 1e-6  # of the standardised inputs, added to the variance
 TRUST_COEFFICIENT = 1e-3  # of LARS
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 ROWS_AT_ONCE = 8192
+SHORT_ROWS = 16  # classes
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class LinearConfig:
 class Probe:
     """The heads of G kinds of input, P parts of the features and L learning rates, with their optimizer.
 
-    The gradient of softmax cross-entropy is written out: per head it is inputs^T (softmax - onehot) / B.
+    The gradient of softmax cross-entropy is written out: per head it is inputs^T (softmax - target) / B,
+    with a target that is one-hot or the share of each class.
     """
 
     def __init__(
@@ -96,11 +98,17 @@ class Probe:
         return scores.view(*scores.shape[:2], -1, self.num_classes).permute(1, 0, 2, 3).flatten(1, 2)
 
     def step(self, features: Tensor, targets: Tensor, step: int, num_steps: int) -> None:
-        """One optimizer step of every head. features: (B, D); targets: int64 (B,) in 0..K-1."""
+        """One optimizer step of every head.
+
+        features: (B, D); targets: int64 (B,) in 0..K-1, or float32 (B, K), the share of each class.
+        """
         inputs = self.inputs(features)
         errors = torch.baddbmm(self.bias, inputs, self.weight)  # (G * P, B, L * K)
-        errors = errors.view(*errors.shape[:2], -1, self.num_classes).softmax(dim=3)
-        errors[:, torch.arange(len(targets), device=targets.device), :, targets] -= 1
+        errors = _softmax(errors.view(*errors.shape[:2], -1, self.num_classes))
+        if targets.is_floating_point():
+            errors -= targets[:, None]
+        else:
+            errors[:, torch.arange(len(targets), device=targets.device), :, targets] -= 1
         errors = errors.flatten(2).div_(len(targets))
         gradients = torch.bmm(inputs.transpose(1, 2), errors), errors.sum(dim=1, keepdim=True)
         lr = self.config.lr_factor(step, num_steps, self.peak_lr).repeat_interleave(self.num_classes)
@@ -131,6 +139,14 @@ class Probe:
         values.sub_(lr / (1 - first ** (step + 1)) * average / scale)
 
 
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension. On a CPU torch is several times slower for rows of fewer than 16 numbers."""
+    if scores.shape[-1] >= SHORT_ROWS or scores.is_cuda:
+        return scores.softmax(dim=-1)
+    scores = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
+    return scores.div_(scores.sum(dim=-1, keepdim=True))
+
+
 def train_probe(
     config: LinearConfig,
     features: Tensor,
@@ -141,7 +157,8 @@ def train_probe(
 ) -> Probe:
     """All heads at once, on the same batches of cached features.
 
-    features: (N, D) of any precision; targets: int64 (N,) in 0..K-1; rows: those to learn from, None all.
+    features: (N, D) of any precision; targets: int64 (N,) in 0..K-1 or float32 (N, K), as in `Probe.step`;
+    rows: those to learn from, None all.
     """
     rows = torch.arange(len(targets), device=features.device) if rows is None else rows
     batch_size = min(config.batch_size, len(rows))

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from pretrain.errors import DataError
 from pretrain.evaluate.features import Features
 from pretrain.evaluate.linear import Reading, held_out_split, linear_probe
-from pretrain.evaluate.probe import INPUTS, LinearConfig, Probe, accuracies, moments, train_probe
+from pretrain.evaluate.probe import (
+    INPUTS,
+    LinearConfig,
+    Probe,
+    _softmax,
+    accuracies,
+    moments,
+    train_probe,
+)
 from pretrain.optim import OptimConfig, build_optimizer
 
 QUICK = LinearConfig(num_epochs=10, batch_size=128)
@@ -78,7 +86,7 @@ def test_rows_left_out_do_not_move_the_heads() -> None:
 
 
 def train_one_head(config: LinearConfig, lr_factor: float, vectors: Tensor, labels: Tensor) -> nn.Linear:
-    """By autograd and the optimizers of the pretraining; the loss of several parts adds up."""
+    """By autograd and the optimizers of the pretraining. labels: classes, or the share of each."""
     generator = torch.Generator().manual_seed(config.seed)
     head = nn.Linear(vectors.shape[1], 4)
     with torch.no_grad():
@@ -120,6 +128,33 @@ def test_the_batched_heads_equal_one_head_trained_by_autograd(inputs: str, optim
     group = INPUTS.index(inputs)  # type: ignore[arg-type]
     torch.testing.assert_close(probe.weight[group][:, 4:], head.weight.detach().T, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(probe.bias[group][0, 4:], head.bias.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_shares_of_classes_are_learned_as_autograd_learns_them() -> None:
+    data = random_features(200, seed=3)
+    shares = torch.rand(200, 4, generator=torch.Generator().manual_seed(1))
+    shares /= shares.sum(dim=1, keepdim=True)
+    config = replace(QUICK, lr_factors=(0.5, 1.0), inputs=("raw",), num_epochs=3, batch_size=64)
+    probe = train_probe(config, data.features, shares, 4)
+    head = train_one_head(config, 1.0, data.features, shares)
+    torch.testing.assert_close(probe.weight[0][:, 4:], head.weight.detach().T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(probe.bias[0][0, 4:], head.bias.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_share_of_one_is_that_class() -> None:
+    data = random_features(200, seed=3)
+    config = replace(QUICK, num_epochs=2)
+    of_shares = train_probe(config, data.features, F.one_hot(data.labels, 4).float(), 4)
+    assert torch.equal(of_shares.weight, train_probe(config, data.features, data.labels, 4).weight)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 15, 16, 100])
+def test_the_softmax_of_few_classes_is_that_of_torch(num_classes: int) -> None:
+    scores = 30 * torch.randn(5, 7, num_classes, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        _softmax(scores), scores.double().softmax(dim=-1).float(), rtol=1e-5, atol=1e-7
+    )
+    assert torch.equal(_softmax(torch.tensor([[1e4, -1e4]])), torch.tensor([[1.0, 0.0]]))
 
 
 def test_the_rate_warms_up_then_follows_a_cosine_to_its_end() -> None:
