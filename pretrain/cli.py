@@ -490,12 +490,21 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.kind == "pretext":  # needs the heads of the run, so the wiring
         return _evaluate_pretext(arguments)
+    if arguments.kind == "dense":  # reads masks, so a transfer's
+        return _evaluate_dense(arguments)
     evaluate_arguments.run(arguments, _say)
     return EXIT_DONE
 
 
 def _transfer(arguments: argparse.Namespace) -> int:
     _GOALS[arguments.goal][0].run(arguments, _say)
+    return EXIT_DONE
+
+
+def _evaluate_dense(arguments: argparse.Namespace) -> int:
+    from pretrain.transfer.dense.run import DenseRequest, format_dense, run_dense
+
+    _say(format_dense(run_dense(DenseRequest.of(arguments))))
     return EXIT_DONE
 
 

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("summary", "pretext tasks, k-NN and linear of a run beside untrained weights and raw pixels")
     )
     _add_head(add("head", "the classification head of a joint training"))
+    _add_dense(add("dense", "linear segmentation: what a linear head reads from single patch tokens"))
     _add_pretext(add("pretext", "how well a run solves its pretext tasks on other images"))
 
 
@@ -199,6 +200,44 @@ def _add_head(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", required=True, metavar="SHARDS", help=SHARDS)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write the result as JSON")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N")
+    parser.add_argument("--device", choices=("cpu",), help="default: what the machine has")
+
+
+def _add_dense(parser: argparse.ArgumentParser) -> None:
+    """Run by the command line itself: it reads folders of masks, as a transfer to segmentation does."""
+    parser.add_argument("weights", metavar="WEIGHTS", help=WEIGHTS)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="images/SPLIT, masks/SPLIT and classes.txt, or Cityscapes' folder",
+    )
+    parser.add_argument("--train-split", default="train", metavar="NAME", help="to learn from")
+    parser.add_argument("--test-split", default="val", metavar="NAME", help="to test on")
+    parser.add_argument(
+        "--ignore-label",
+        type=int,
+        default=255,
+        metavar="N",
+        help="mask value that is void (default: 255)",
+    )
+    parser.add_argument(
+        "--size-px",
+        type=positive,
+        nargs=2,
+        metavar=("H", "W"),
+        help="of images, in whole patches (default: their shape, at most 32 patches long)",
+    )
+    parser.add_argument("--epochs", type=positive, default=10, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the head and what is held out")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images, to encode")
+    parser.add_argument(
+        "--network", choices=("teacher", "student"), help="of a run (default: teacher if any)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="of results (default: the weights' folder, if they have one)"
+    )
     parser.add_argument("--device", choices=("cpu",), help="default: what the machine has")
 
 

@@ -170,7 +170,7 @@ def _split_folder(parent: Path, name: str) -> Path:
         )
     there = [path.name for path in parent.iterdir() if path.is_dir()]
     hint = nearest(name, there) if there else "it has none"
-    raise DataError(f"{parent}: no split '{name}'; {hint} (data.train_split and data.test_split choose)")
+    raise DataError(f"{parent}: no split '{name}'; {hint} (the settings train_split and test_split choose)")
 
 
 def _by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
