@@ -175,8 +175,11 @@ def _run(sweep: Sweep, run: Run, processes: Processes, title: str) -> None:
             command.append(str(run.folder))
         else:
             command.append(f"untrained:{exported}" if read_out.weights == "untrained" else str(exported))
-            command += ["--train", wanted["train"]]
-        command += ["--test", wanted["test"], "--out", str(out), *wanted["args"]]
+        sets = ("test",) if wanted["kind"] in OF_RUNS else ("train", "test", "data")
+        for flag in sets:
+            if flag in wanted:
+                command += [f"--{flag}", wanted[flag]]
+        command += ["--out", str(out), *wanted["args"]]
         seconds = stage(read_out.name, command)
         # a fine-tuning also names its recipe and share of the labels; the folder is this read-out's own
         left = sorted((out / "eval").glob(f"{read_out.kind}*.json"))

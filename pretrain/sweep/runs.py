@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pretrain.check import check
 from pretrain.config import RunConfig, load_config
 from pretrain.errors import ConfigError, UserError, nearest
 from pretrain.evaluate.shards import Role, find_split
-from pretrain.sweep.study import ReadOut, Study, load_study, refuse_seed
+from pretrain.sweep.study import OF_MASKS, ReadOut, Study, load_study, refuse_seed
 
 PROGRESS = "sweep.json"  # what this run is, and which of its stages are done
 DONE = "done.json"  # written last: everything the table needs
@@ -138,22 +139,15 @@ def resolve_variants(sweep: Sweep) -> dict[str, tuple[tuple[str, ...], RunConfig
 
 def _refuse_read_out(read_out: ReadOut, configs: Mapping[str, RunConfig]) -> None:
     """Everything that can be known to be wrong with it before the first run: hours may lie in between."""
-    from pretrain.cli import parse
-
+    if read_out.data is not None:
+        _refuse_masks(read_out, read_out.data, configs)
+        return
     for name, config in configs.items():
         shards = config.data.shards
         sets: dict[Role, str] = {"train": read_out.train or shards, "test": read_out.test or shards}
         if read_out.kind in OF_RUNS:
             del sets["train"]
-        command = ["evaluate", read_out.kind, "WEIGHTS"]
-        for split, where in sets.items():
-            command += [f"--{split}", where]
-        told = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(told):
-                parse([*command, *(str(argument).replace("{seed}", "0") for argument in read_out.args)])
-        except SystemExit:
-            raise ConfigError(f"evaluate '{read_out.name}': {told.getvalue().strip()}") from None
+        _parsed(read_out, sets.items())
         if read_out.kind == "head" and config.tasks.classification is None:
             raise ConfigError(
                 f"evaluate '{read_out.name}': variant '{name}' trains no classification head; name others "
@@ -164,6 +158,34 @@ def _refuse_read_out(read_out: ReadOut, configs: Mapping[str, RunConfig]) -> Non
                 find_split(where, split)
             except UserError as error:
                 raise ConfigError(f"evaluate '{read_out.name}': {error}") from None
+
+
+def _parsed(read_out: ReadOut, sets: Iterable[tuple[str, str]]) -> argparse.Namespace:
+    """What its command line says; ConfigError if it does not read."""
+    from pretrain.cli import parse
+
+    command = ["evaluate", read_out.kind, "WEIGHTS"]
+    for flag, where in sets:
+        command += [f"--{flag}", where]
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return parse([*command, *(str(argument).replace("{seed}", "0") for argument in read_out.args)])
+    except SystemExit:
+        raise ConfigError(f"evaluate '{read_out.name}': {told.getvalue().strip()}") from None
+
+
+def _refuse_masks(read_out: ReadOut, data: str, configs: Mapping[str, RunConfig]) -> None:
+    """A folder that is not there or lacks a split, and a size that is not whole patches."""
+    from pretrain.transfer.dense.run import DenseRequest, check_request
+
+    arguments = _parsed(read_out, [("data", data)])
+    request = DenseRequest.of(arguments)
+    try:
+        for config in configs.values():
+            check_request(request, config.model.token_px)
+    except UserError as error:
+        raise ConfigError(f"evaluate '{read_out.name}': {error}") from None
 
 
 def _refuse_absent_tasks(sweep: Sweep) -> None:
@@ -270,6 +292,14 @@ def is_done(run: Run) -> bool:
 
 def asked(run: Run, read_out: ReadOut) -> dict[str, Any]:
     """What a read-out measured, to tell whether the study still wants the same."""
+    args = [str(argument).replace("{seed}", str(run.seed)) for argument in read_out.args]
+    if read_out.kind in OF_MASKS:
+        return {
+            "kind": read_out.kind,
+            "data": read_out.data,
+            "weights": read_out.weights,
+            "args": args,
+        }
     train, test = read_out.train or run.config.data.shards, read_out.test or run.config.data.shards
     if not train or not test:
         raise UserError(
@@ -280,7 +310,7 @@ def asked(run: Run, read_out: ReadOut) -> dict[str, Any]:
         "train": train,
         "test": test,
         "weights": read_out.weights,
-        "args": [str(argument).replace("{seed}", str(run.seed)) for argument in read_out.args],
+        "args": args,
     }
 
 

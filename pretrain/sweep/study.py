@@ -23,6 +23,7 @@ BudgetKind = Literal["images", "compute", "as_given"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of a folder, and of a cell in a table
 JOINED = "+"  # between the tasks of a subset
 ALL = "all"  # the subset of all tasks, where there are several
+OF_MASKS = ("dense",)  # read-outs of a folder of images and masks, in place of shards
 OWN_COLUMNS = {"variant", "runs", "steps", "train s"}
 
 
@@ -71,6 +72,7 @@ class ReadOut(_Settings):
     kind: str
     train: str | None = None  # DIR or DIR:split; None: the shards that the run was trained on
     test: str | None = None
+    data: str | None = None  # DIR of images and masks; of kind dense, in place of train and test
     args: tuple[str | int | float, ...] = ()  # more arguments; "{seed}" in one is the seed of the run
     value: str = (
         "top1_ratio"  # key of the result, with dots into what it holds; a `_ratio` is shown in percent
@@ -78,6 +80,28 @@ class ReadOut(_Settings):
     more: dict[str, str] = {}  # further columns: name -> key of the same result
     weights: Literal["exported", "untrained"] = "exported"  # untrained: same architecture, fresh weights
     variants: tuple[str, ...] | None = None  # None: all of them
+
+    @model_validator(mode="after")
+    def _reads_shards_or_masks(self) -> ReadOut:
+        if self.kind not in OF_MASKS:
+            if self.data is not None:
+                raise ValueError(
+                    f"'{self.name}': kind {self.kind} reads shards, not `data`; name them with `train` and "
+                    "`test`"
+                )
+            return self
+        if self.data is None:
+            raise ValueError(
+                f"'{self.name}': kind {self.kind} reads a folder of images and masks; name it with `data`"
+            )
+        if self.train is not None or self.test is not None:
+            raise ValueError(
+                f"'{self.name}': kind {self.kind} reads `data`, not shards; remove `train` and `test` "
+                "(--train-split and --test-split among its `args` name splits)"
+            )
+        if self.value == "top1_ratio":
+            raise ValueError(f"'{self.name}': kind {self.kind} has no top1_ratio; set `value: miou_ratio`")
+        return self
 
 
 class Variant(_Settings):

@@ -1,4 +1,9 @@
+"""Lets these tests write scenes with the writer of tests/transfer."""
+
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import pytest
 from small_study import calls
@@ -6,6 +11,8 @@ from small_study import calls
 from pretrain.sweep import runs
 
 __all__ = ["calls"]
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "transfer"))
 
 
 @pytest.fixture(autouse=True)

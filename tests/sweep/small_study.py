@@ -58,8 +58,9 @@ else:
     out = Path(flags["--out"]) / "eval"
     out.mkdir(parents=True)
     value = 0.5 + 0.02 * (int(flags["--batch-size"]) - 20) - 0.1 * ("rotation" in rest[1])
+    key = "miou_ratio" if rest[0] == "dense" else "top1_ratio"
     name = "_".join([rest[0], *([flags["--recipe"]] if "--recipe" in flags else [])])
-    (out / (name + ".json")).write_text(json.dumps({"top1_ratio": value}))
+    (out / (name + ".json")).write_text(json.dumps({key: value}))
 """
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_scenes import write_folder
 from small_study import STUDY, write_study
 
 from pretrain.cli import main
@@ -95,6 +96,29 @@ def test_the_result_of_a_fine_tuning_is_found_under_the_name_of_its_recipe(
     write_study(tmp_path, ONE_SEED.replace(ONE_SEED.split("  - ")[1].split("\n")[0], read_out))
     assert sweep() == 0
     assert done("both", 0)["read_outs"]["tuned"]["result"] == {"top1_ratio": 0.52}  # type: ignore[index]
+
+
+def test_a_dense_read_out_is_given_its_folder_and_becomes_a_column_in_percent(
+    calls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "scenes")
+    args = "[--size-px, 32, 48, --seed, '{seed}', --batch-size, 21]"
+    read_out = f"{{name: dense, kind: dense, data: scenes, value: miou_ratio, args: {args}}}"
+    fresh = read_out.replace("name: dense", "name: fresh, weights: untrained, variants: [both]")
+    line = ONE_SEED.split("  - ")[1].split("\n")[0]
+    write_study(tmp_path, ONE_SEED.replace(line, f"{read_out}\n  - {fresh}"))
+    assert sweep() == 0
+    evaluations = [told for told in calls.read_text().splitlines() if told.startswith("evaluate")]
+    assert evaluations[:2] == [
+        f"evaluate dense {prefix}out/both/seed-0/exported --data scenes "
+        f"--out out/both/seed-0/read_outs/{name} --size-px 32 48 --seed 0 --batch-size 21"
+        for name, prefix in (("dense", ""), ("fresh", "untrained:"))
+    ]
+    commands(calls)
+    assert done("both", 0)["read_outs"]["dense"]["result"] == {"miou_ratio": 0.52}  # type: ignore[index]
+    assert "| dense % | fresh % |" in capsys.readouterr().out
+    assert sweep() == 0
+    assert commands(calls) == []
 
 
 def test_a_sweep_that_is_out_of_time_ends_with_75_and_goes_on_where_it_stopped(

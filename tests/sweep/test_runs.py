@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from small_config import small_config
+from small_scenes import write_folder
 from small_study import STUDY, write_study
 
 from pretrain.config import load_config
@@ -168,6 +169,14 @@ def test_differences_name_changed_added_and_removed_settings() -> None:
             "{name: a, kind: finetune, args: [--recipe, deitt]}",
             "evaluate 'a': .*--recipe: invalid choice: 'deitt'",
         ),
+        (
+            "{name: a, kind: dense, data: absent, value: miou_ratio}",
+            "evaluate 'a': --data absent: no such fol",
+        ),
+        (
+            "{name: a, kind: dense, data: absent, value: miou_ratio, args: [--size-px, 32]}",
+            "evaluate 'a': .*--size-px: expected 2 arguments",
+        ),
         ("{name: a, kind: head}", "evaluate 'a': variant 'both' trains no classification head"),
     ],
 )
@@ -178,6 +187,25 @@ def test_a_read_out_that_could_not_run_is_refused_before_anything_does(
     with pytest.raises(ConfigError, match=told) as caught:
         plan_runs(open_sweep(write_study(tmp_path, text), tmp_path / "out"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ("[--test-split, vall]", "evaluate 'a': .*no split 'vall'; did you mean 'val'"),
+        ("[--size-px, 33, 48]", "evaluate 'a': --size-px 33 48: not whole patches of 4 px; use 32 48"),
+    ],
+)
+def test_a_dense_read_out_that_could_not_run_is_refused_before_anything_does(
+    args: str, told: str, tmp_path: Path
+) -> None:
+    read_out = f"{{name: a, kind: dense, data: {write_folder(tmp_path / 'scenes')}, value: miou_ratio"
+    line = STUDY.split("  - ")[1].split("\n")[0]
+    fine = STUDY.replace(line, f"{read_out}}}")
+    plan_runs(open_sweep(write_study(tmp_path, fine), tmp_path / "out"))
+    wrong = fine.replace(read_out, f"{read_out}, args: {args}")
+    with pytest.raises(ConfigError, match=told):
+        plan_runs(open_sweep(write_study(tmp_path, wrong), tmp_path / "out"))
 
 
 @pytest.mark.real_shards
