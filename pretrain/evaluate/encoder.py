@@ -6,7 +6,7 @@ Everything here is frozen, in eval mode and float32; images are cropped the same
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pretrain.errors import CheckpointError, UserError, nearest
-from pretrain.evaluate.feature import FeatureName, check_feature, read_feature, usual, width_of
+from pretrain.evaluate.feature import FeatureName, check_feature, read_features, usual, width_of
 from pretrain.export.parity import rebuild
 from pretrain.export.source import WeightsName, is_run, read_weights, sha256_of
 from pretrain.export.timm_folder import crop_ratio
@@ -79,10 +79,20 @@ class Encoder:
     origin: dict[str, Any]  # where the weights come from, for the results
     layout: TokenLayout | None = None  # None: not a Vision Transformer of timm
     tasks: tuple[str, ...] = ()  # that the weights were pretrained with; () if nobody wrote that down
+    besides: tuple[FeatureName, ...] = ()  # further features of the same forward pass, after the first one
 
     @property
     def num_features(self) -> int:
         return width_of(self.feature, self.layout, self.token_width)
+
+    def columns(self, feature: FeatureName) -> slice:
+        """Where one of several features stands in what `encode` gives."""
+        names = (self.feature, *self.besides)
+        if names == (feature,):
+            return slice(None)
+        widths = [width_of(name, self.layout, self.token_width) for name in names]
+        place = names.index(feature)
+        return slice(sum(widths[:place]), sum(widths[: place + 1]))
 
     @property
     def num_blocks(self) -> int:
@@ -93,19 +103,23 @@ class Encoder:
 
     def reading(self, feature: FeatureName) -> Encoder:
         """The same network, read out in another way; UserError if it cannot be."""
-        if feature == self.feature:
-            return self
-        check_feature(feature, self.layout, self.num_blocks)
-        return replace(self, feature=feature)
+        return self.reading_all((feature,))
+
+    def reading_all(self, features: Sequence[FeatureName]) -> Encoder:
+        """The same network, read out in several ways at once; UserError if it cannot be in one of them."""
+        for feature in features:
+            if feature != self.feature:
+                check_feature(feature, self.layout, self.num_blocks)
+        return replace(self, feature=features[0], besides=tuple(features[1:]))
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, size, size), on the model's device -> float32 (B, D)"""
+        """uint8 (B, 3, size, size), on the model's device -> float32 (B, D), D of all features together"""
         mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
         pixels = (images.float() / 255 - mean) / std
         if self.feature == PIXELS:
             return pixels.flatten(1)
-        return read_feature(self.model, self.feature, self.layout, pixels).float()
+        return read_features(self.model, (self.feature, *self.besides), self.layout, pixels).float()
 
     def describe(self) -> dict[str, Any]:
         return {

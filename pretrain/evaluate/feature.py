@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -102,17 +102,29 @@ def check_feature(feature: str, layout: TokenLayout | None, num_blocks: int) -> 
         raise UserError(f"--feature {feature}: {problem}")
 
 
-def read_feature(model: Any, feature: FeatureName, layout: TokenLayout | None, pixels: Tensor) -> Tensor:
-    """Normalised images (B, 3, H, W) -> the model's feature (B, D). model: of timm."""
+def read_features(
+    model: Any, features: Sequence[FeatureName], layout: TokenLayout | None, pixels: Tensor
+) -> Tensor:
+    """Normalised images (B, 3, H, W) -> the model's features (B, D), one after the other.
+
+    model: of timm; it runs once.
+    """
+    before = [block.blocks_before_last for feature in features for block in BLOCKS.get(feature, ())]
+    tokens = _tokens(model, pixels, 1 + max(before, default=0))
+    return torch.cat([_of_tokens(model, feature, layout, tokens) for feature in features], dim=1)
+
+
+def _of_tokens(
+    model: Any, feature: FeatureName, layout: TokenLayout | None, tokens: Sequence[Tensor]
+) -> Tensor:
+    """tokens: after the last blocks, as many as the feature reads, or more -> (B, D)"""
     if layout is None or feature == "pooled":
-        pooled: Tensor = model.forward_head(model.forward_features(pixels), pre_logits=True)
+        pooled: Tensor = model.forward_head(tokens[-1], pre_logits=True)
         return pooled
     if feature == "tokens":
-        return layout.prefix(model.forward_features(pixels)).flatten(1)
-    blocks = BLOCKS[feature]
-    tokens = _tokens(model, pixels, 1 + max(block.blocks_before_last for block in blocks))
+        return layout.prefix(tokens[-1]).flatten(1)
     found = []
-    for block in blocks:
+    for block in BLOCKS[feature]:
         of_block = tokens[-1 - block.blocks_before_last]
         if block.token == "class":
             found.append(layout.class_token(of_block))

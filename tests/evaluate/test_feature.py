@@ -70,6 +70,17 @@ def test_a_feature_is_what_its_name_says_of_a_run_and_of_its_export(
         assert encoder.num_features == found.shape[1]
 
 
+@pytest.mark.parametrize("weights", ["run", "export"])
+def test_several_features_of_one_forward_pass_are_those_of_a_pass_each(run: Path, weights: str) -> None:
+    names: tuple[FeatureName, ...] = ("pooled", "class_last4", "tokens", "mean_patch", "class")
+    encoder = open_encoder(run.parent / weights).reading_all(names)
+    together = encoder.encode(IMAGES)
+    alone = [encoder.reading(name).encode(IMAGES) for name in names]
+    for name, one in zip(names, alone, strict=True):
+        assert torch.equal(together[:, encoder.columns(name)], one), name
+    assert together.shape[1] == sum(one.shape[1] for one in alone)
+
+
 @pytest.mark.parametrize(
     ("stored", "wanted"),
     [
