@@ -26,7 +26,7 @@ from pretrain.engine.engine import Engine
 from pretrain.errors import ConfigError, DataError
 from pretrain.evaluate.encoder import CentreCrop
 from pretrain.evaluate.features import Features
-from pretrain.evaluate.image_set import runs_of
+from pretrain.evaluate.image_set import runs_of, spread_rows
 from pretrain.evaluate.knn import TEMPERATURE, knn
 from pretrain.evaluate.protocols import PROTOCOLS, method_of
 from pretrain.evaluate.shards import USUAL_SPLITS, LabelledSplit, decode_and_crop, find_split
@@ -92,13 +92,13 @@ def choose_images(config: OnlineKnnConfig, data: DataConfig) -> tuple[Chosen, Ch
     if len(classes) > most:
         classes = classes[torch.randperm(len(classes), generator=_generator())[:most]]
     if test == train:
-        both = _spread(labels, classes, config.num_train + config.num_test)
+        both = spread_rows(labels, classes, config.num_train + config.num_test, _generator())
         num_test = len(both) * config.num_test // (config.num_train + config.num_test)
         in_test, in_bank = both[:num_test], both[num_test:]
     else:
         in_test, in_bank = (
-            _spread(tested, classes, config.num_test),
-            _spread(labels, classes, config.num_train),
+            spread_rows(tested, classes, config.num_test, _generator()),
+            spread_rows(labels, classes, config.num_train, _generator()),
         )
     if not len(in_test) or not len(in_bank):
         raise ConfigError(
@@ -122,17 +122,6 @@ def _find_splits(config: OnlineKnnConfig, data: DataConfig) -> tuple[LabelledSpl
         return train, train if same else test
     others = [name for name in USUAL_SPLITS["test"] if name in train.manifest.split_names]
     return train, replace(train, name=others[0] if others else train.name)
-
-
-def _spread(labels: Tensor, classes: Tensor, count: int) -> Tensor:
-    """Up to `count` rows of some classes, one of each class after the other until there are enough."""
-    order = torch.randperm(len(labels), generator=_generator())
-    order = order[torch.isin(labels[order], classes)]
-    turn = torch.zeros(len(order), dtype=torch.int64)  # how many of its class come before
-    for label in classes:
-        own = labels[order] == label
-        turn[own] = torch.arange(int(own.sum()))
-    return order[torch.argsort(turn, stable=True)][:count]
 
 
 def _chosen(split: LabelledSplit, rows: Tensor, labels: Tensor) -> Chosen:

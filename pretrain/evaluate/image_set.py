@@ -64,7 +64,7 @@ def open_images(
     rows = torch.arange(len(labels)) if ratio == 1 else balanced_rows(labels, ratio, seed)
     kept: tuple[EncodedSample, ...] | None = None
     if split.stored_bytes * len(rows) / len(labels) <= in_memory_bytes:
-        kept = tuple(map(_alone, read_split(split) if len(rows) == len(labels) else _read(split, rows)))
+        kept = tuple(map(_alone, read_split(split) if len(rows) == len(labels) else read_rows(split, rows)))
     elif any(shard.name.endswith("gz") for shard in split.shards):
         raise DataError(
             f"{labelled.manifest.folder}:{labelled.name}: too large for memory, and compressed shards "
@@ -84,7 +84,7 @@ def runs_of(split: Split, rows: Tensor) -> list[Run]:
     ]
 
 
-def _read(split: Split, rows: Tensor) -> Iterator[EncodedSample]:
+def read_rows(split: Split, rows: Tensor) -> Iterator[EncodedSample]:
     """The samples of ascending rows alone; of a compressed shard the others are passed over."""
     with contextlib.closing(ShardReader(split)) as reader:
         for run in runs_of(split, rows):
@@ -105,6 +105,20 @@ def balanced_rows(labels: Tensor, ratio: float, seed: int) -> Tensor:
         order = torch.randperm(len(rows), generator=generator)
         chosen.append(rows[order[: max(1, round(ratio * len(rows)))]])
     return torch.cat(chosen).sort().values
+
+
+def spread_rows(labels: Tensor, classes: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Up to `count` rows of some classes, one of each class after the other until there are enough.
+
+    labels: int64 (N,). With generators of one seed, fewer rows are the first ones of more.
+    """
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[torch.isin(labels[order], classes)]
+    turn = torch.zeros(len(order), dtype=torch.int64)  # how many of its class come before
+    for label in classes:
+        own = labels[order] == label
+        turn[own] = torch.arange(int(own.sum()))
+    return order[torch.argsort(turn, stable=True)][:count]
 
 
 def colours(images: ImageSet, crop: CentreCrop) -> tuple[tuple[float, ...], tuple[float, ...]]:
