@@ -5,7 +5,7 @@ The protocol of DINO (arXiv:2104.14294) after Wu et al. (arXiv:1805.01978, secti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,11 +43,23 @@ def knn(
     of it. `chunk` bounds both the queries and the bank rows on the device at a time; cosines are float32
     whatever the features are kept in.
     """
+    return score(predict(train, test, ks, temperature, chunk, device), train, test, temperature)
+
+
+def predict(
+    train: Features,
+    test: Features,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+    chunk: int = 4096,
+    device: str | torch.device = "cpu",
+) -> dict[int, Tensor]:
+    """The class that each k gives every test image: int64 (N,) each; as in `knn`."""
     if not ks or min(ks) < 1:
         raise ValueError(f"k must be at least 1, not {list(ks)}")
     classes, bank_labels = torch.unique(train.labels, return_inverse=True)  # labels may be sparse
     num_neighbours = min(max(ks), len(train.labels))
-    num_correct = dict.fromkeys(ks, 0)
+    predicted = {k: torch.empty_like(test.labels) for k in ks}
     for start in range(0, len(test.labels), chunk):
         queries = _unit(test.features[start : start + chunk], device)
         similarity, rows = nearest_neighbours(queries, train.features, num_neighbours, chunk)
@@ -55,10 +67,17 @@ def knn(
         for k in ks:
             votes = torch.zeros(len(queries), len(classes))
             votes.scatter_add_(1, neighbours[:, :k], (similarity[:, :k] / temperature).exp())
-            predicted = classes[votes.argmax(dim=1)]
-            num_correct[k] += int((predicted == test.labels[start : start + chunk]).sum())
-    top1_ratio = {k: num_correct[k] / len(test.labels) for k in ks}
-    best_k = max(ks, key=lambda k: top1_ratio[k])  # the smallest listed of equals
+            predicted[k][start : start + chunk] = classes[votes.argmax(dim=1)]
+    return predicted
+
+
+def score(
+    predicted: Mapping[int, Tensor], train: Features, test: Features, temperature: float
+) -> dict[str, Any]:
+    """What `knn` says of the predictions of each k."""
+    classes = torch.unique(train.labels)
+    top1_ratio = {k: int((found == test.labels).sum()) / len(test.labels) for k, found in predicted.items()}
+    best_k = max(top1_ratio, key=lambda k: top1_ratio[k])  # the smallest listed of equals
     reported_k = REPORTED_K if REPORTED_K in top1_ratio else best_k
     return {
         "top1_ratio": top1_ratio[reported_k],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import DataError
 from pretrain.evaluate.features import Features
-from pretrain.evaluate.linear import Reading, held_out_split, linear_probe
+from pretrain.evaluate.linear import Reading, folds, held_out_split, linear_probe, train_head
 from pretrain.evaluate.probe import INPUTS, LinearConfig, Probe, accuracies, moments, softmax, train_probe
 from pretrain.optim import OptimConfig, build_optimizer
 
@@ -64,6 +64,45 @@ def test_the_held_out_part_is_a_tenth_of_every_class_and_its_rows_are_not_traine
     assert targets[held_out].bincount(minlength=4).tolist() == [10, 5, 1, 0]
     assert torch.equal(held_out, held_out_split(targets, 0.1, seed=0)[1])
     assert not torch.equal(held_out, held_out_split(targets, 0.1, seed=1)[1])
+
+
+def test_every_image_is_held_out_once_in_folds_unless_it_is_alone_in_its_class() -> None:
+    targets = torch.tensor([0] * 25 + [1] * 3 + [2])
+    found = folds(targets, 10, seed=0)
+    assert len(found) == 10
+    for kept, held_out in found:
+        assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(len(targets)))
+        assert targets[held_out].bincount(minlength=3)[0] in (2, 3)
+        assert len(targets[kept].unique()) == 3
+    assert sorted(row for _, held_out in found for row in held_out.tolist()) == list(range(28))
+    assert len(folds(torch.tensor([0, 0, 1, 1, 1]), 10, seed=0)) == 3
+
+
+def test_few_labels_choose_by_folds_and_many_as_ever() -> None:
+    few, many = separable(40, seed=1), separable(1200, seed=1)
+    test = separable(300, seed=2)
+    assert train_head(many, test, QUICK, few_labels=True)[1] == linear_probe(many, test, QUICK)
+    head, by_folds = train_head(few, test, QUICK, few_labels=True)
+    assert (by_folds["num_folds"], by_folds["num_held_out"]) == (10, 40)
+    assert linear_probe(few, test, QUICK)["num_held_out"] < 8
+    # the accuracy that chose is that over all folds, counted by hand
+    factor, inputs = by_folds["chosen"]["lr_factor"], by_folds["chosen"]["inputs"]
+    config, num_correct = replace(QUICK, lr_factors=(factor,), inputs=(inputs,)), 0
+    for kept, held_out in folds(few.labels, 10, QUICK.seed):
+        probe = train_probe(config, few.features, few.labels, 4, rows=kept)
+        logits = probe.logits(few.features[held_out])[:, 0]
+        num_correct += int((logits.argmax(dim=1) == few.labels[held_out]).sum())
+    assert by_folds["chosen"]["held_out_top1_ratio"] == num_correct / 40
+    assert by_folds["top1_ratio"] == (head.predict(test.features) == test.labels).double().mean().item()
+
+
+def test_a_head_names_labels_as_they_are_stored_and_a_diverged_one_names_none() -> None:
+    train, test = separable(300, seed=1), separable(100, seed=2)
+    sparse = Features(train.features, 1000 * train.labels + 7)
+    head, _ = train_head(sparse, Features(test.features, 1000 * test.labels + 7), QUICK)
+    assert (head.predict(test.features) == 1000 * test.labels + 7).double().mean() > 0.95
+    head.probe.weight.fill_(float("nan"))
+    assert (head.predict(test.features) == -1).all()
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 15, 16, 200])
