@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 InputName = Literal["raw", "standardised"]
@@ -80,6 +79,7 @@ class Probe:
         self.weight = one_rate.repeat(len(config.inputs), 1, len(config.lr_factors)).to(mean.device)
         self.bias = self.weight.new_zeros(len(self.weight), 1, self.weight.shape[2])
         self.peak_lr = config.base_lr * batch_size / 256 * mean.new_tensor(config.lr_factors)  # (L,)
+        self._classes = torch.arange(num_classes, device=mean.device)
         self._averages = [torch.zeros_like(values) for values in (self.weight, self.bias)]
         self._squares = [torch.zeros_like(values) for values in (self.weight, self.bias)]
 
@@ -107,11 +107,12 @@ class Probe:
         errors = torch.baddbmm(self.bias, inputs, self.weight)  # (G * P, B, L * K)
         errors = softmax(errors.view(*errors.shape[:2], -1, self.num_classes))
         if not targets.is_floating_point():
-            targets = F.one_hot(targets, self.num_classes)
+            targets = (targets[:, None] == self._classes).float()
         errors -= targets[:, None]
         errors = errors.flatten(2).div_(len(targets))
         gradients = torch.bmm(inputs.transpose(1, 2), errors), errors.sum(dim=1, keepdim=True)
-        lr = self.config.lr_factor(step, num_steps, self.peak_lr).repeat_interleave(self.num_classes)
+        lr = self.config.lr_factor(step, num_steps, self.peak_lr)
+        lr = lr[:, None].expand(-1, self.num_classes).flatten()  # (L * K,)
         for place, (values, gradient) in enumerate(zip((self.weight, self.bias), gradients, strict=True)):
             if self.config.optimizer == "adamw":
                 self._adamw(values, gradient, place, lr, step)
