@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     _add_knn(add("knn", "weighted k-nearest neighbours"))
     _add_linear(add("linear", "linear probe with swept learning rates, as the method's authors do it"))
+    _add_probes(add("probes", "k-NN and linear probes with shares of the labels, on one encoding: a table"))
     _add_finetune(add("finetune", "train backbone and head with a recipe"))
     _add_fewshot(add("fewshot", "fine-tune on shares of the labels, then a linear probe with all: a table"))
     _add_summary(
@@ -56,6 +57,13 @@ def positive(text: str) -> int:
     return number
 
 
+def share(text: str) -> float:
+    ratio = float(text)
+    if not 0 < ratio <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: a share is above 0 and at most 1")
+    return ratio
+
+
 def _add_sets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", metavar="WEIGHTS", help=WEIGHTS)
     parser.add_argument("--train", required=True, metavar="SHARDS", help=SHARDS)
@@ -66,11 +74,12 @@ def _add_sets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu",), help="default: what the machine has")
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
+def _add_reading(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Of frozen features."""
     parser.add_argument(
-        "--feature",
+        "--features" if several else "--feature",
         choices=FEATURES,
+        nargs="+" if several else None,
         help="what an image becomes; default: what the protocol says. tokens: class and task tokens",
     )
     parser.add_argument(
@@ -100,6 +109,10 @@ def _add_knn(parser: argparse.ArgumentParser) -> None:
     _add_sets(parser)
     _add_reading(parser)
     _add_colours(parser)
+    _add_votes(parser)
+
+
+def _add_votes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--k", type=positive, nargs="+", metavar="K", help="neighbours (default: 10 20 100 200)"
     )
@@ -110,6 +123,15 @@ def _add_linear(parser: argparse.ArgumentParser) -> None:
     _add_sets(parser)
     _add_reading(parser)
     _add_colours(parser)
+    _add_heads(parser)
+    parser.add_argument(
+        "--augment", action="store_true", help="encode other crops in every epoch (default: features once)"
+    )
+    _add_workers(parser)
+
+
+def _add_heads(parser: argparse.ArgumentParser) -> None:
+    """How linear probes are trained."""
     parser.add_argument("--epochs", type=positive, metavar="N", help="default: the protocol's")
     parser.add_argument(
         "--base-lr",
@@ -124,12 +146,38 @@ def _add_linear(parser: argparse.ArgumentParser) -> None:
         help="without and with a BatchNorm before the head (default: the protocol's)",
     )
     parser.add_argument(
-        "--augment", action="store_true", help="encode other crops in every epoch (default: features once)"
-    )
-    _add_workers(parser)
-    parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], metavar="S", help="one probe each; mean and interval"
     )
+
+
+def _add_probes(parser: argparse.ArgumentParser) -> None:
+    _add_sets(parser)
+    _add_reading(parser, several=True)
+    _add_colours(parser)
+    _add_votes(parser)
+    _add_heads(parser)
+    parser.add_argument(
+        "--fractions",
+        type=share,
+        nargs="+",
+        default=[0.01, 0.1, 1.0],
+        metavar="F",
+        help="of the labels of each class, for linear probes (default: 0.01 0.1 1)",
+    )
+    parser.add_argument(
+        "--also-test",
+        action="append",
+        default=[],
+        metavar="SHARDS",
+        help="another test set, DIR, DIR:split or NAME=DIR, read out by the same bank and heads; repeatable",
+    )
+    for role in ("train", "test"):
+        parser.add_argument(
+            f"--num-{role}",
+            type=positive,
+            metavar="N",
+            help=f"{role} images at most, as many of each class, always the same ones (default: all)",
+        )
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,8 @@ from pretrain.evaluate.fewshot import FRACTIONS, SEEDS, FewshotRequest, format_f
 from pretrain.evaluate.finetune_report import FinetuneRequest, run_finetune, run_head
 from pretrain.evaluate.frozen import run_knn, run_linear
 from pretrain.evaluate.knn import KS
+from pretrain.evaluate.probes import ProbesRequest, run_probes
+from pretrain.evaluate.probes_table import format_probes
 from pretrain.evaluate.protocols import protocol_for
 from pretrain.evaluate.recipes import FinetuneRecipe, RecipeName, recipe_with
 from pretrain.evaluate.report import EvaluateConfig
@@ -42,7 +44,13 @@ def config_from(arguments: argparse.Namespace) -> EvaluateConfig:
     settings = {name: given[name] for name in fields}
     for name in ("mean", "std"):
         settings[name] = tuple(given[name]) if given.get(name) else None
-    if arguments.kind in ("knn", "linear", "summary", "head"):  # of a fine-tuning it is the recipe's
+    if arguments.kind in (
+        "knn",
+        "linear",
+        "probes",
+        "summary",
+        "head",
+    ):  # of a fine-tuning it is the recipe's
         settings["batch_size"] = arguments.batch_size
     # a timm name has no folder to keep results in
     has_place = Path(arguments.weights).is_dir() or arguments.out is not None
@@ -63,22 +71,43 @@ def _knn(arguments: argparse.Namespace, say: Say) -> None:
 
 
 def _linear(arguments: argparse.Namespace, say: Say) -> None:
-    flags = {
-        "num_epochs": arguments.epochs,
-        "base_lr": arguments.base_lr,
-        "inputs": tuple(arguments.inputs) if arguments.inputs else None,
-    }
     result = run_linear(
         arguments.weights,
         arguments.train,
         arguments.test,
         config_from(arguments),
-        changes={name: value for name, value in flags.items() if value is not None},
+        changes=_head_changes(arguments),
         seeds=arguments.seeds,
         augment=arguments.augment,
         num_workers=arguments.workers,
     )
     say(table([result]))
+
+
+def _head_changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of linear probes replace of the protocol's LinearConfig."""
+    flags = {
+        "num_epochs": arguments.epochs,
+        "base_lr": arguments.base_lr,
+        "inputs": tuple(arguments.inputs) if arguments.inputs else None,
+    }
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _probes(arguments: argparse.Namespace, say: Say) -> None:
+    request = ProbesRequest(
+        features=tuple(arguments.features or ()),
+        fractions=tuple(arguments.fractions),
+        seeds=tuple(arguments.seeds),
+        linear_changes=_head_changes(arguments),
+        ks=tuple(sorted(set(arguments.k))) if arguments.k else KS,
+        temperature=arguments.temperature,
+        also_test=tuple(arguments.also_test),
+        num_train=arguments.num_train,
+        num_test=arguments.num_test,
+    )
+    result = run_probes(arguments.weights, arguments.train, arguments.test, request, config_from(arguments))
+    say(format_probes(result))
 
 
 def _summary(arguments: argparse.Namespace, say: Say) -> None:
@@ -162,6 +191,7 @@ def _next_steps(run: Path, results: Path) -> str:
 _COMMANDS: dict[str, Callable[[argparse.Namespace, Say], None]] = {
     "knn": _knn,
     "linear": _linear,
+    "probes": _probes,
     "summary": _summary,
     "finetune": _finetune,
     "fewshot": _fewshot,

@@ -186,10 +186,11 @@ def _finetune_cell(
 
 
 def _cell_path(folder: Path, request: FewshotRequest, fraction: float, seed: int) -> Path:
-    return folder / request.recipe_name / f"{_name(fraction)}_seed{seed}.json"
+    return folder / request.recipe_name / f"{share_name(fraction)}_seed{seed}.json"
 
 
-def _name(fraction: float) -> str:
+def share_name(fraction: float) -> str:
+    """Of a share of the labels, as a key of results: 0.1 -> `10pct`."""
     return f"{100 * fraction:g}pct".replace(".", "_")
 
 
@@ -237,7 +238,7 @@ def rows_of(cells: Sequence[Mapping[str, Any]], num_test: int) -> dict[str, Any]
         for read_out in ("finetuned", "linear"):
             ratios = [cell[f"{read_out}_top1_ratio"] for cell in of_row]
             row[read_out] = None if None in ratios else accuracy_of(ratios, num_test)
-        rows[_name(fraction)] = row
+        rows[share_name(fraction)] = row
     return rows
 
 

@@ -93,7 +93,7 @@ def take_features(
             partial(decode_and_crop, crop=encoder.crop),
             config.batch_size,
             num_images=splits[role].num_samples,
-            keep=_rounding(4 * splits[role].num_samples * encoder.num_features, for_knn_only),
+            keep=rounding(4 * splits[role].num_samples * encoder.num_features, for_knn_only),
             accelerator=accelerator,
         )
         for role in ("train", "test")
@@ -102,7 +102,7 @@ def take_features(
     return FeatureSets(of_train, of_test, encoder, protocol, splits, accelerator, seconds)
 
 
-def _rounding(num_bytes: int, for_knn_only: bool) -> Any:
+def rounding(num_bytes: int, for_knn_only: bool) -> Any:
     """What is kept of features that take so many bytes in float32; None keeps them as they are."""
     if for_knn_only:
         return unit_half if num_bytes > EXACT_BYTES else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,15 @@ from pretrain.data.columns import NO_LABEL
 from pretrain.data.decode import BadImage, decode
 from pretrain.data.manifest import Manifest
 from pretrain.data.reader import EncodedSample, read_split
-from pretrain.errors import DataError
+from pretrain.errors import DataError, UserError
 from pretrain.evaluate.encoder import CentreCrop
 
 Role = Literal["train", "test"]
 
+ALSO_FLAG = "--also-test"
 USUAL_SPLITS: dict[Role, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}  # best first
+
+_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)")
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,12 @@ class LabelledSplit:
         }
 
 
-def find_split(where: str | Path, role: Role) -> LabelledSplit:
+def find_split(where: str | Path, role: Role, flag: str | None = None) -> LabelledSplit:
     """The split that `DIR:split` names, or that `DIR` means for this role.
 
     For `DIR` alone that is the usual name (train; test, else val), or the only split there is. In an address
     the split comes after the host: `http://host:8080` names none, `http://host:8080/:val` does.
+    flag: of the command line, where it is not that of the role.
     """
     folder, asked = str(where), ""
     _, _, after_scheme = folder.rpartition("://")
@@ -85,29 +90,29 @@ def find_split(where: str | Path, role: Role) -> LabelledSplit:
     if not usual:
         raise DataError(
             f"{folder}: which split is the {role} set? It has: {', '.join(names)}; "
-            f"name one, as in --{role} {folder}{'/' if is_host else ''}:{names[0]}"
+            f"name one, as in {flag or f'--{role}'} {folder}{'/' if is_host else ''}:{names[0]}"
         )
     return LabelledSplit(manifest, usual[0])
 
 
-def refuse_overlap(train: LabelledSplit, test: LabelledSplit) -> None:
+def refuse_overlap(train: LabelledSplit, test: LabelledSplit, flag: str = "--test") -> None:
     """No shard may be both learnt from and tested on, under whatever name."""
     learnt = {shard.sha256: shard for shard in train.manifest.split(train.name).shards}
     for shard in test.manifest.split(test.name).shards:
         if shard.sha256 in learnt:
             raise DataError(
-                f"--train {train.manifest.folder}:{train.name} and --test {test.manifest.folder}:{test.name} "
+                f"--train {train.manifest.folder}:{train.name} and {flag} {test.manifest.folder}:{test.name} "
                 f"hold the same samples ({shard.name}); name different splits"
             )
 
 
-def refuse_other_classes(train: LabelledSplit, test: LabelledSplit) -> None:
+def refuse_other_classes(train: LabelledSplit, test: LabelledSplit, flag: str = "--test") -> None:
     """Every class that is tested can be learned, and all samples have labels. Reads the indexes only."""
     learnt, tested = torch.unique(train.labels()), torch.unique(test.labels())
     unknown = tested[~torch.isin(tested, learnt)].tolist()
     if unknown:
         raise DataError(
-            f"--test {test.manifest.folder}:{test.name} has {len(tested)} classes, of which {len(unknown)} "
+            f"{flag} {test.manifest.folder}:{test.name} has {len(tested)} classes, of which {len(unknown)} "
             f"(such as {unknown[0]}) are not among the {len(learnt)} of "
             f"--train {train.manifest.folder}:{train.name}; give two splits of one labelling"
         )
@@ -122,6 +127,31 @@ def open_splits(train: str | Path, test: str | Path) -> dict[Role, LabelledSplit
     refuse_overlap(splits["train"], splits["test"])
     refuse_other_classes(splits["train"], splits["test"])
     return splits
+
+
+def open_also(asked: Sequence[str], train: LabelledSplit) -> dict[str, LabelledSplit]:
+    """Further test sets by name: of `NAME=DIR:split`, else of the folder, and of a split that is named."""
+    found: dict[str, LabelledSplit] = {}
+    for text in asked:
+        named = _NAMED.fullmatch(text)
+        where = named[2] if named else text
+        split = find_split(where, "test", ALSO_FLAG)
+        refuse_overlap(train, split, ALSO_FLAG)
+        refuse_other_classes(train, split, ALSO_FLAG)
+        name = named[1] if named else _name_of(where, split)
+        if name in found:
+            raise UserError(
+                f"{ALSO_FLAG} {text}: two sets are called '{name}'; name this one, as in OTHER={where}"
+            )
+        found[name] = split
+    return found
+
+
+def _name_of(where: str, split: LabelledSplit) -> str:
+    """Without dots, which stand between the keys of a result."""
+    folder = str(split.manifest.folder).rstrip("/").rpartition("/")[2]
+    is_named = where.endswith(f":{split.name}") and not Path(where).is_dir()
+    return re.sub(r"[^A-Za-z0-9_-]", "_", f"{folder}-{split.name}" if is_named else folder)
 
 
 def decode_and_crop(sample: EncodedSample, crop: CentreCrop) -> Tensor:

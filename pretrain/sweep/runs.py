@@ -15,7 +15,7 @@ from typing import Any
 from pretrain.check import check
 from pretrain.config import RunConfig, load_config
 from pretrain.errors import ConfigError, UserError, nearest
-from pretrain.evaluate.shards import Role, find_split
+from pretrain.evaluate.shards import Role, find_split, open_also
 from pretrain.sweep.study import OF_MASKS, ReadOut, Study, load_study, refuse_seed
 
 PROGRESS = "sweep.json"  # what this run is, and which of its stages are done
@@ -147,17 +147,18 @@ def _refuse_read_out(read_out: ReadOut, configs: Mapping[str, RunConfig]) -> Non
         sets: dict[Role, str] = {"train": read_out.train or shards, "test": read_out.test or shards}
         if read_out.kind in OF_RUNS:
             del sets["train"]
-        _parsed(read_out, sets.items())
+        parsed = _parsed(read_out, sets.items())
         if read_out.kind == "head" and config.tasks.classification is None:
             raise ConfigError(
                 f"evaluate '{read_out.name}': variant '{name}' trains no classification head; name others "
                 "under 'variants'"
             )
-        for split, where in sets.items():
-            try:
-                find_split(where, split)
-            except UserError as error:
-                raise ConfigError(f"evaluate '{read_out.name}': {error}") from None
+        try:
+            found = {split: find_split(where, split) for split, where in sets.items()}
+            if read_out.kind == "probes":
+                open_also(parsed.also_test, found["train"])
+        except UserError as error:
+            raise ConfigError(f"evaluate '{read_out.name}': {error}") from None
 
 
 def _parsed(read_out: ReadOut, sets: Iterable[tuple[str, str]]) -> argparse.Namespace:

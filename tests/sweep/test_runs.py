@@ -177,6 +177,10 @@ def test_differences_name_changed_added_and_removed_settings() -> None:
             "{name: a, kind: dense, data: absent, value: miou_ratio, args: [--size-px, 32]}",
             "evaluate 'a': .*--size-px: expected 2 arguments",
         ),
+        (
+            "{name: a, kind: probes, train: others, test: others, args: [--also-test, nowhere]}",
+            "evaluate 'a': nowhere",
+        ),
         ("{name: a, kind: head}", "evaluate 'a': variant 'both' trains no classification head"),
     ],
 )
