@@ -92,7 +92,7 @@ ROWS = {
     "relvit_table4": 15,
     "repre_table4": 3,
     "repre_table5": 7,
-    "core_question": 7,
+    "core_question": 16,
     "core_question_compute": 7,
     "core_cpu": 16,
     "relvit_control": 2,
