@@ -12,7 +12,7 @@ STEP_PEERS := $(VENV)/step-peers
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-cluster test-cluster-slow chaos gpu-check bench bench-overhead \
-	bench-checkpoint bench-data bench-metrics bench-plan bench-export bench-evaluate bench-gpu protocol check format shards pretrain export evaluate report \
+	bench-checkpoint bench-data bench-metrics bench-plan bench-export bench-evaluate bench-gpu protocol study-report check format shards pretrain export evaluate report \
 	doctor plan pages clean
 
 help: ## list the targets
@@ -59,11 +59,12 @@ plan: $(READY) ## memory, time, data rate and scaling of CONFIG=configs/x.yaml o
 	$(BIN)/pretrain plan $(or $(CONFIG),configs/imagenet_vitb16_multitask.yaml) --nodes $(or $(NODES),8) \
 		--gpus-per-node $(or $(GPUS),8) $(ARGS)
 
-pages: $(READY) ## what is written from code: dashboards, the table of metrics, the reference
+pages: $(READY) ## what is written from code: dashboards, the table of metrics, the reference, the study
 	$(BIN)/python -m pretrain.metrics.dashboards
 	$(BIN)/python -m pretrain.plan.schema
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_speed.py
+	$(BIN)/python benchmarks/study/report.py
 
 test: $(READY) ## lint, types and all tests but the slow ones: a quarter of an hour on two cores
 	$(MAKE) --no-print-directory check
@@ -120,6 +121,9 @@ bench-gpu: $(if $(BENCH_PYTHON),,$(READY)) ## utilisation, memory and peers on a
 
 protocol: $(READY) ## CIFAR-10: pretrain, k-NN, linear, few labels, fine-tuning; eight minutes, the same command goes on
 	$(BIN)/python benchmarks/cifar10_protocol.py --max-minutes 8 --out benchmarks/results/cifar10-protocol.json $(ARGS)
+
+study-report: $(READY) ## docs/study.md and its figures, from the records under benchmarks/results/study
+	$(BIN)/python benchmarks/study/report.py
 
 check: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

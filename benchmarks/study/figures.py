@@ -1,0 +1,255 @@
+"""Figures of a study as SVG, the same bytes for the same records."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from study.records import Results
+
+# Okabe and Ito's colours, which people tell apart whatever colours they see, without the yellow
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "osD^vPX*<>"
+WIDTH = 8.0  # inches
+NUM_PANELS = 3  # in a row
+LEGEND_COLUMNS = 3
+STYLE = {
+    "svg.hashsalt": "study",
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+ALL = "all"  # the variant with all tasks
+CONTRASTIVE = "contrastive"
+
+
+def columns_of(results: Results) -> list[str]:
+    return [name for name, column in results.columns.items() if column.is_of_features and results.has(name)]
+
+
+def compute(results: Results) -> Figure | None:
+    """Accuracy over training time: every run, and the mean of each variant with its spread."""
+    columns = columns_of(results)
+    if not columns:
+        return None
+    longest = max(max(results.values(name, "train_seconds").values()) for name in results.runs)
+    unit, seconds = next(
+        (unit, seconds)
+        for unit, seconds in (("h", 3600), ("min", 60), ("s", 1))
+        if longest >= 2 * seconds or seconds == 1
+    )
+    figure, axes = _panels(len(columns), height=2.6, below=0.2 * (len(results.runs) // LEGEND_COLUMNS + 1))
+    for axis, column in zip(axes, columns, strict=True):
+        for place, variant in enumerate(results.runs):
+            values = results.values(variant, column)
+            if not values:
+                continue
+            times = [results.values(variant, "train_seconds")[seed] / seconds for seed in values]
+            style = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
+            found = list(values.values())
+            axis.plot(times, found, linestyle="", markersize=3, alpha=0.4, **style)
+            spread = [statistics.stdev(one) if len(one) > 1 else 0.0 for one in (times, found)]
+            middle = statistics.fmean(times), statistics.fmean(found)
+            axis.errorbar(
+                *middle,
+                xerr=spread[0],
+                yerr=spread[1],
+                markersize=6,
+                capsize=2,
+                label=variant,
+                linestyle="",
+                **style,
+            )
+        untrained = results.untrained(column)
+        if untrained is not None:
+            axis.axhline(untrained, color="#777777", linestyle="--", linewidth=1, label="untrained")
+        axis.set_title(column)
+        axis.set_xlabel(f"training time ({unit})")
+        axis.set_ylabel("%")
+        axis.set_xlim(left=0)
+    _legend_below(figure, axes)
+    return figure
+
+
+def weights(results: Results, variant: str = ALL) -> Figure | None:
+    """What multiplies each task's loss, over training; a line for each seed."""
+    return _over_time(
+        results, variant, "weight/", lambda name: name, "weight of the loss (no unit)", zero=False
+    )
+
+
+def conflict_over_time(results: Results, variant: str = ALL) -> Figure | None:
+    """Cosine between the gradient of the contrastive task and that of each other, over training."""
+
+    def other(pair: str) -> str | None:
+        tasks = pair.split(":")
+        return next(task for task in tasks if task != CONTRASTIVE) if CONTRASTIVE in tasks else None
+
+    label = "cosine with contrastive (no unit)"
+    return _over_time(results, variant, "gradient_cosine/", other, label, zero=True)
+
+
+def _over_time(
+    results: Results, variant: str, prefix: str, name_of: Any, label: str, *, zero: bool
+) -> Figure | None:
+    """A colour for each name; thin lines are seeds, and markers the mean over seeds."""
+    curves: dict[str, list[Mapping[str, list[float]]]] = {}
+    for record in results.runs.get(variant, {}).values():
+        for key, curve in record["curves"].items():
+            name = name_of(key.removeprefix(prefix)) if key.startswith(prefix) else None
+            if name is not None:
+                curves.setdefault(name, []).append(curve)
+    if not curves:
+        return None
+    figure, (axis,) = _panels(1, height=3.2, below=0.0)
+    for place, (name, of_seeds) in enumerate(curves.items()):
+        color = COLORS[place % len(COLORS)]
+        for curve in of_seeds:
+            axis.plot(curve["steps"], curve["values"], color=color, linewidth=0.7, alpha=0.5)
+        steps, means = mean_curve(of_seeds)
+        every = max(1, len(steps) // 10)
+        style = {"color": color, "marker": MARKERS[place % len(MARKERS)], "markevery": every, "markersize": 5}
+        axis.plot(steps, means, linewidth=2, label=name, **style)
+    if zero:
+        axis.axhline(0, color="#777777", linewidth=1)
+    axis.set_xlabel("step")
+    axis.set_ylabel(label)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def mean_curve(curves: Sequence[Mapping[str, list[float]]]) -> tuple[list[float], list[float]]:
+    """At the steps that all curves have."""
+    points = [dict(zip(curve["steps"], curve["values"], strict=True)) for curve in curves]
+    steps = [step for step in points[0] if all(step in one for one in points)]
+    return steps, [statistics.fmean(one[step] for one in points) for step in steps]
+
+
+def cosines(results: Results, variant: str = ALL) -> dict[tuple[str, str], list[float]]:
+    """Pair of tasks -> mean cosine of each seed over the second half of its training."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for record in results.runs.get(variant, {}).values():
+        for key, curve in record["curves"].items():
+            kind, _, pair = key.partition("/")
+            if kind != "gradient_cosine":
+                continue
+            first, second = pair.split(":")
+            late = [
+                value
+                for step, value in zip(curve["steps"], curve["values"], strict=True)
+                if step > record["steps"] / 2
+            ]
+            if late:
+                found.setdefault((first, second), []).append(statistics.fmean(late))
+    return found
+
+
+def conflict(results: Results, variant: str = ALL) -> Figure | None:
+    """Mean cosine of every two tasks: below 0 they pull the shared parameters apart."""
+    means = {pair: statistics.fmean(values) for pair, values in cosines(results, variant).items()}
+    if not means:
+        return None
+    tasks = list(dict.fromkeys(task for pair in means for task in pair))
+    both_ways = {**means, **{(second, first): value for (first, second), value in means.items()}}
+    nan = float("nan")
+    grid = [[both_ways.get((first, second), nan) for second in tasks] for first in tasks]
+    figure = Figure(figsize=(0.75 * WIDTH, 0.6 * WIDTH), layout="constrained")
+    axis = figure.add_subplot()
+    axis.grid(visible=False)
+    limit = max(0.1, *(abs(value) for value in means.values()))
+    image = axis.imshow(grid, cmap="PuOr_r", vmin=-limit, vmax=limit)
+    places = range(len(tasks))
+    axis.set_xticks(places, tasks, rotation=35, ha="right")
+    axis.set_yticks(places, tasks)
+    for row in places:
+        for column in places:
+            value = grid[row][column]
+            if value == value:
+                color = "white" if abs(value) > 0.6 * limit else "black"
+                axis.text(column, row, f"{value:+.2f}", ha="center", va="center", color=color)
+    figure.colorbar(image, ax=axis, label="mean cosine of gradients (no unit)", shrink=0.85)
+    return figure
+
+
+def read_outs(results: Results) -> Figure | None:
+    """Each read-out of each variant: seeds, mean and spread; above the untrained network where measured."""
+    columns = columns_of(results)
+    if not columns:
+        return None
+    variants = list(results.runs)
+    figure, axes = _panels(len(columns), height=0.9 + 0.22 * len(variants), below=0.0, share_y=True)
+    for axis, column in zip(axes, columns, strict=True):
+        untrained = results.untrained(column)
+        for place, variant in enumerate(variants):
+            found = [value - (untrained or 0.0) for value in results.values(variant, column).values()]
+            if not found:
+                continue
+            color = COLORS[1] if variant == ALL else COLORS[0]
+            axis.plot(found, [place] * len(found), "o", color=color, markersize=3, alpha=0.5)
+            spread = statistics.stdev(found) if len(found) > 1 else 0.0
+            axis.errorbar(
+                statistics.fmean(found), place, xerr=spread, fmt="D", color=color, markersize=5, capsize=3
+            )
+        axis.set_yticks(range(len(variants)), variants)
+        axis.set_ylim(len(variants) - 0.5, -0.5)
+        axis.set_title(column)
+        if untrained is None:
+            axis.set_xlabel("%")
+        else:
+            axis.axvline(0, color="#777777", linestyle="--", linewidth=1)
+            axis.set_xlabel("points above untrained")
+    return figure
+
+
+FIGURES = {
+    "compute": compute,
+    "weights": weights,
+    "conflict": conflict,
+    "conflict-time": conflict_over_time,
+    "read-outs": read_outs,
+}
+
+
+def _panels(count: int, *, height: float, below: float, share_y: bool = False) -> tuple[Figure, list[Any]]:
+    """height: of a row, below: for a legend, in inches."""
+    num_columns = min(count, NUM_PANELS)
+    num_rows = -(-count // num_columns)
+    figure = Figure(figsize=(WIDTH, num_rows * height + below), layout="constrained")
+    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=share_y)
+    axes = list(grid.flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
+
+
+def _legend_below(figure: Figure, axes: Sequence[Any]) -> None:
+    found: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=LEGEND_COLUMNS)
+
+
+def draw(name: str, results: Results, path: Path) -> bool:
+    """Write a figure, if there is anything to draw."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's own file says
+        matplotlib.rcParams.update(STYLE)
+        figure = FIGURES[name](results)
+        if figure is None:
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {"Date": None, "Creator": None}
+        figure.savefig(path, format="svg", bbox_inches="tight", pad_inches=0.05, metadata=about)
+    return True

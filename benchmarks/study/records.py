@@ -1,0 +1,128 @@
+"""The records of studies, as `pretrain sweep STUDY --results DIR` writes them, by variant and seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.sweep.study import ReadOut, Study, load_study
+
+OWN = ("steps", "images", "train_seconds", "seconds_per_step")  # columns that every run has
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of each run. read_out: None for a metric of the training; untrained: of fresh weights."""
+
+    name: str
+    key: str
+    read_out: ReadOut | None = None
+    untrained: str | None = None
+
+    @property
+    def is_percent(self) -> bool:
+        return self.key.endswith("_ratio")
+
+    @property
+    def is_of_features(self) -> bool:
+        """Whether it says what the trained weights are worth, so that variants are compared by it."""
+        if self.read_out is None or self.read_out.weights == "untrained" or "--scratch" in self.read_out.args:
+            return False
+        return self.is_percent
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is stored of a study. runs: variant -> seed -> record, in the order of the study."""
+
+    name: str
+    study: Study
+    runs: Mapping[str, Mapping[int, Record]]
+    columns: Mapping[str, Column]
+    costs: Mapping[str, Any]
+    pictures: tuple[Path, ...]
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for by_seed in self.runs.values() for record in by_seed.values()]
+
+    def values(self, variant: str, column: str) -> dict[int, float]:
+        """Seed -> value, in percent where it is a ratio; only seeds that have one."""
+        found = {seed: self._value(record, column) for seed, record in self.runs.get(variant, {}).items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def _value(self, record: Record, name: str) -> float | None:
+        if name == "seconds_per_step":
+            return record["train_seconds"] / record["steps"] if record["steps"] else None
+        if name in OWN:
+            return record[name]
+        column = self.columns.get(name)
+        if column is None:
+            return None
+        if column.read_out is None:
+            return record["metrics"].get(name)
+        found: Any = record["read_outs"].get(column.read_out.name, {}).get("result")
+        for key in column.key.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, bool) or not isinstance(found, (int, float)):
+            return None
+        return 100.0 * found if column.is_percent else float(found)
+
+    def has(self, column: str) -> bool:
+        return any(self.values(variant, column) for variant in self.runs)
+
+    def untrained(self, column: str) -> float | None:
+        """What the same read-out gives for weights that were never trained, over all that measured it."""
+        known = self.columns.get(column)
+        other = known.untrained if known else None
+        found = [value for variant in self.runs for value in self.values(variant, other or "").values()]
+        return sum(found) / len(found) if found else None
+
+
+def read(folder: Path) -> dict[str, Results]:
+    """Name -> results of every study that lies in `folder` and has a finished run."""
+    found = {}
+    for path in sorted(folder.glob("*/study.yaml")):
+        results = read_study(path.parent)
+        if results.runs:
+            found[results.name] = results
+    return found
+
+
+def read_study(folder: Path) -> Results:
+    study = load_study(folder / "study.yaml")
+    runs = {}
+    for variant in study.all_variants():
+        records = [json.loads(path.read_text()) for path in (folder / variant).glob("seed-*.json")]
+        if records:
+            runs[variant] = {
+                record["seed"]: record for record in sorted(records, key=lambda one: one["seed"])
+            }
+    cost = folder / "cost.json"
+    return Results(
+        name=folder.name,
+        study=study,
+        runs=runs,
+        columns=_columns(study),
+        costs=json.loads(cost.read_text()) if cost.exists() else {},
+        pictures=tuple(sorted(folder.glob("**/*.png"))),
+    )
+
+
+def _columns(study: Study) -> dict[str, Column]:
+    found = {}
+    for name, read_out, key in study.read_columns():
+        beside = [
+            other
+            for other, fresh, its_key in study.read_columns()
+            if fresh.weights == "untrained" and read_out.weights != "untrained" and its_key == key
+            if (fresh.kind, fresh.args, fresh.train, fresh.test)
+            == (read_out.kind, read_out.args, read_out.train, read_out.test)
+        ]
+        found[name] = Column(name, key, read_out, beside[0] if beside else None)
+    return {**found, **{name: Column(name, name) for name in study.metrics}}

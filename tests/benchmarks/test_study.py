@@ -1,0 +1,229 @@
+"""The document about the core method says what the stored records say, by a rule that is worked by hand here.
+
+study_results/ holds records of real, very short runs: three variants with three seeds, and two with two.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from study import figures
+from study.compare import difference
+from study.document import RESULTS, TEMPLATE, Document
+from study.records import Results, read, read_study
+from study.report import write
+
+ROOT = Path(__file__).parents[2]
+STORED = Path(__file__).with_name("study_results")
+PAGE = ROOT / "docs" / "study.md"
+FIGURE = re.compile(r"\((study/[^)]+\.svg)\)")
+# digits that are no results: names, sources, and the name of an interval
+ALLOWED = r"arXiv:\d{4}\.\d{5}|CIFAR-10|ViT-[A-Z]/\d+|95 %|\.md\.j2"
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Results]:
+    return read(STORED)
+
+
+@pytest.fixture
+def document(results: dict[str, Results], tmp_path: Path) -> Document:
+    return Document(results, tmp_path / "study")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    page = tmp_path_factory.mktemp("docs") / "study.md"
+    write(STORED, page)
+    return page
+
+
+def stored(variant: str, study: str = "core_cpu") -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((STORED / study / variant).glob("*.json"))]
+
+
+def knn(variant: str, study: str = "core_cpu") -> list[float]:
+    return [100 * record["read_outs"]["knn"]["result"]["top1_ratio"] for record in stored(variant, study)]
+
+
+def test_the_page_is_what_the_stored_records_give(tmp_path: Path) -> None:
+    write(ROOT / RESULTS, tmp_path / "study.md")
+    assert (tmp_path / "study.md").read_text() == PAGE.read_text(), "run make study-report"
+    shown = set(FIGURE.findall(PAGE.read_text()))
+    there = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs" / "study").glob("*.svg")}
+    assert there == shown
+
+
+def typed_numbers(template: str) -> list[str]:
+    """Lines with digits that the template holds itself, outside expressions and blocks."""
+    text = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", "", template, flags=re.DOTALL)
+    return [line for line in re.sub(ALLOWED, "", text).splitlines() if re.search(r"\d", line)]
+
+
+def test_no_result_is_typed_into_the_template() -> None:
+    assert typed_numbers(TEMPLATE.read_text()) == []
+
+
+def test_a_result_that_is_typed_is_found() -> None:
+    assert typed_numbers("It wins by 1.3 points, {{ value('core_cpu', 'all', 'knn') }}.")
+    assert typed_numbers("Seven of 16 variants on CIFAR-10.")
+    assert not typed_numbers("{{ table('sit_table4') }} on CIFAR-10 (arXiv:2104.03602)")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "verdict"),
+    [
+        # mean 2.5, std 0.5; t of two degrees of freedom is 4.3027, and that x 0.5 / 3 ** 0.5 is 1.2421
+        ([2.0, 2.5, 3.0], "wins"),
+        ([-2.0, -2.5, -3.0], "loses"),
+        # mean 2, std 1: 2.4841 to each side, which takes in zero
+        ([1.0, 2.0, 3.0], "no difference shown"),
+        # sure, but too little
+        ([0.40, 0.41, 0.42], "no difference shown"),
+        ([-0.40, -0.41, -0.42], "no difference shown"),
+        ([0.5, 0.5, 0.5], "wins"),
+        ([5.0, 5.1], "too few seeds"),
+        ([5.0], "too few seeds"),
+    ],
+)
+def test_a_win_needs_seeds_an_interval_without_zero_and_half_a_point(
+    pairs: list[float], verdict: str
+) -> None:
+    first = {seed: 40.0 + seed + value for seed, value in enumerate(pairs)}
+    found = difference(first, {seed: 40.0 + seed for seed in range(len(pairs))})
+    assert found is not None
+    assert found.verdict == verdict
+    assert found.mean == pytest.approx(statistics.fmean(pairs))
+
+
+def test_an_interval_is_that_of_the_paired_differences() -> None:
+    found = difference({0: 42.0, 1: 52.5, 2: 33.0, 7: 90.0}, {0: 40.0, 1: 50.0, 2: 30.0, 8: 1.0})
+    assert found is not None
+    assert found.n == 3  # only seeds that both have
+    assert (found.low, found.high) == (pytest.approx(2.5 - 1.2421, abs=1e-4), pytest.approx(3.7421, abs=1e-4))
+    assert difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_tables_hold_mean_and_spread_of_the_records(written: Path, document: Document) -> None:
+    told = f"{statistics.fmean(knn('all')):.2f} ± {statistics.stdev(knn('all')):.2f}"
+    assert document.value("core_cpu", "all", "knn") == f"{told} %"
+    row = next(line for line in written.read_text().splitlines() if line.startswith("| all | 3 |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[4] == told
+    gap = statistics.fmean(knn("all")) - statistics.fmean(knn("contrastive"))
+    assert document.difference("core_cpu", "all", "contrastive", "knn").startswith(f"{gap:+.2f} (")
+    assert f"| all against contrastive | {gap:+.2f} (" in written.read_text()
+
+
+def test_a_comparison_of_two_seeds_is_no_verdict(document: Document) -> None:
+    assert document.num_seeds("core_cpu_compute") == 2
+    assert document.verdict("core_cpu_compute", "all", "contrastive", "knn") == "too few seeds"
+    assert "too few seeds for knn" in document.summary(
+        [("all or one", "core_cpu_compute", "all", "contrastive")]
+    )
+
+
+def test_what_was_not_measured_is_said_and_what_is_absent_left_out(document: Document) -> None:
+    assert not document.measured("core_question")
+    assert document.not_measured("core_question") == (
+        "Not measured yet: `pretrain sweep configs/studies/core_question.yaml "
+        "--results benchmarks/results/study`"
+    )
+    assert document.value("core_question", "all", "knn") == "not measured"
+    assert document.value("core_cpu", "all", "finetune") == "not measured"
+    assert document.measured("core_cpu", "all", "contrastive")
+    assert not document.measured("core_cpu", "all-overlapping")
+    heads = document.table("core_cpu", ["knn", "finetune"]).splitlines()[0]
+    assert heads == "| variant | seeds | steps | train s | knn % |"
+    assert document.comparisons("core_cpu", [("all", "all-overlapping")]) == ""
+    assert "`core_cpu`, `core_question`" in document.versus(
+        ["core_cpu", "core_question"], [("all", "all-overlapping")]
+    )
+
+
+def test_an_untrained_network_is_the_baseline_of_the_read_out_that_asks_the_same(
+    results: dict[str, Results],
+) -> None:
+    found = results["core_cpu"]
+    measured = [
+        100 * record["read_outs"]["knn_untrained"]["result"]["top1_ratio"] for record in stored("all")
+    ]
+    assert found.untrained("knn") == pytest.approx(statistics.fmean(measured))
+    assert found.untrained("knn_patches") is None  # other arguments
+    assert figures.columns_of(found) == ["knn", "knn_patches"]
+
+
+def test_settings_hardware_commit_and_cost_are_those_of_the_records(document: Document) -> None:
+    assert document.setting("core_cpu", "schedule.steps") == "24"
+    assert document.setting("core_cpu", "balance.kind") == "uncertainty (all-fixed: fixed)"
+    records = [record for name in ("contrastive", "all", "all-fixed") for record in stored(name)]
+    assert document.commit("core_cpu") == f"`{records[0]['commit'][:12]}`"
+    assert document.hardware("core_cpu") == records[0]["hardware"]
+    seconds = sum(record["train_seconds"] + record["stage_seconds"].get("export", 0) for record in records)
+    seconds += sum(one["seconds"] for record in records for one in record["read_outs"].values())
+    assert document.cost("core_cpu").startswith(f"{seconds / 60:.1f} minutes of {records[0]['hardware']}: ")
+    setup = document.setup("core_cpu")
+    assert "| tokens | 64 patches of 4 px of a view of 32 px |" in setup
+    assert "| images in all | 768 |" in setup  # 24 steps of 32
+
+
+def test_code_that_is_in_no_commit_is_told(tmp_path: Path) -> None:
+    shutil.copytree(STORED / "core_cpu", tmp_path / "core_cpu")
+    path = tmp_path / "core_cpu" / "all" / "seed-0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "uncommitted": True}))
+    assert "with changes" in Document(read(tmp_path), tmp_path / "study").commit("core_cpu")
+
+
+def test_a_conflict_is_the_mean_of_the_second_half_of_every_seed(results: dict[str, Results]) -> None:
+    by_hand = []
+    for record in stored("all"):
+        curve = record["curves"]["gradient_cosine/contrastive:rotation"]
+        assert curve["steps"] == [4, 8, 12, 16, 20, 24]
+        by_hand.append(statistics.fmean(curve["values"][3:]))
+    found = figures.cosines(results["core_cpu"])
+    assert found["contrastive", "rotation"] == pytest.approx(by_hand)
+    assert len(found) == 3
+
+
+def test_figures_are_drawn_shown_and_the_same_every_time(written: Path, tmp_path: Path) -> None:
+    shown = FIGURE.findall(written.read_text())
+    kinds = {"compute", "weights", "conflict", "conflict-time", "read-outs"}
+    assert {f"study/core_cpu-{kind}.svg" for kind in kinds} | {"study/core_cpu_compute-compute.svg"} == set(
+        shown
+    )
+    left_over = tmp_path / "study" / "of-an-earlier-time.svg"
+    left_over.parent.mkdir()
+    left_over.write_text("")
+    write(STORED, tmp_path / "study.md")
+    assert (tmp_path / "study.md").read_text() == written.read_text()
+    assert not left_over.exists()
+    for path in shown:
+        drawn = (written.parent / path).read_bytes()
+        assert drawn == (tmp_path / path).read_bytes()
+        assert b"<dc:date>" not in drawn
+
+
+def test_a_picture_beside_the_records_is_shown(tmp_path: Path) -> None:
+    shutil.copytree(STORED / "core_cpu", tmp_path / "core_cpu")
+    Image.new("RGB", (4, 4)).save(tmp_path / "core_cpu" / "masked_patches.png")
+    told = Document(read(tmp_path), tmp_path / "study").pictures()
+    assert told.startswith("![masked patches (core_cpu)](")
+    assert told.endswith("core_cpu/masked_patches.png)")
+
+
+def test_a_study_without_a_finished_run_is_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "core_cpu").mkdir()
+    shutil.copy(STORED / "core_cpu" / "study.yaml", tmp_path / "core_cpu")
+    assert read(tmp_path) == {}
+    assert read_study(tmp_path / "core_cpu").runs == {}
