@@ -48,8 +48,9 @@ class Document:
     def functions(self) -> dict[str, Callable[..., Any]]:
         names = (
             "measured", "not_measured", "pending", "table", "value", "difference", "verdict", "comparisons",
-            "versus", "summary", "column_differences", "cost", "setting", "setup", "commit", "commands",
-            "seeds", "hardware", "num_seeds", "figure", "conflict", "pictures", "weights", "costs",
+            "versus", "summary", "column_differences", "above_untrained", "step_costs", "cost", "setting",
+            "setup", "commit", "commands", "seeds", "hardware", "num_seeds", "figure", "conflict", "pictures",
+            "weights", "costs",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -258,6 +259,25 @@ class Document:
                     cells = [self._cell(study, variant, column) for column in (a, b)]
                     rows.append([variant, f"{a} against {b}", *cells, _told_with_verdict(found)])
         return _markdown(["variant", "read-outs", "first %", "second %", "points"], rows) if rows else ""
+
+    def above_untrained(self, study: str) -> str:
+        """Each read-out against the same of fresh weights, where runs have both; '' where none has."""
+        columns = self.results[study].columns.values()
+        return self.column_differences(study, [(one.name, one.untrained) for one in columns if one.untrained])
+
+    def step_costs(self, study: str, beside: str = figures.CONTRASTIVE) -> str:
+        """Seconds of a step of each variant, as measured beforehand or in its runs, and relative to one."""
+        results = self.results[study]
+        found = {name: [cost["seconds_per_step"]] for name, cost in results.costs.items()}
+        if not found:
+            found = {name: list(results.values(name, "seconds_per_step").values()) for name in results.runs}
+        base = statistics.fmean(found[beside]) if beside in found else None
+        heads = ["variant", "seconds of a step", *([f"relative to {beside}"] if base else [])]
+        rows = [
+            [name, _spread(values), *([f"{statistics.fmean(values) / base:.2f}"] if base else [])]
+            for name, values in found.items()
+        ]
+        return _markdown(heads, rows)
 
     def weights(self, study: str, variant: str = figures.ALL) -> str:
         """The weight of each task's loss at the end of training."""

@@ -5,6 +5,7 @@ study_results/ holds records of real, very short runs: three variants with three
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -126,6 +127,15 @@ def test_tables_hold_mean_and_spread_of_the_records(written: Path, document: Doc
     assert f"| all against contrastive | {gap:+.2f} (" in written.read_text()
 
 
+def test_headings_and_tables_stand_apart(written: Path) -> None:
+    for page in (written, PAGE):
+        lines = page.read_text().splitlines()
+        for before, after in itertools.pairwise(lines):
+            assert not (after.startswith("#") and before and not before.startswith("```")), after
+            assert not (before.startswith("|") and after and not after.startswith("|")), after
+            assert not (after.startswith("|") and before and not before.startswith("|")), after
+
+
 def test_a_comparison_of_two_seeds_is_no_verdict(document: Document) -> None:
     assert document.num_seeds("core_cpu_compute") == 2
     assert document.verdict("core_cpu_compute", "all", "contrastive", "knn") == "too few seeds"
@@ -162,6 +172,23 @@ def test_an_untrained_network_is_the_baseline_of_the_read_out_that_asks_the_same
     assert found.untrained("knn") == pytest.approx(statistics.fmean(measured))
     assert found.untrained("knn_patches") is None  # other arguments
     assert figures.columns_of(found) == ["knn", "knn_patches"]
+
+
+def test_trained_is_held_against_untrained_where_both_were_measured(document: Document) -> None:
+    fresh = [100 * record["read_outs"]["knn_untrained"]["result"]["top1_ratio"] for record in stored("all")]
+    gap = statistics.fmean(knn("all")) - statistics.fmean(fresh)
+    rows = document.above_untrained("core_cpu").splitlines()[2:]
+    assert len(rows) == 1
+    assert rows[0].startswith("| all | knn against knn_untrained | ")
+    assert f" {gap:+.2f} (" in rows[0]
+
+
+def test_a_step_costs_what_was_measured_or_given_beforehand(document: Document) -> None:
+    # the study of equal compute gives 1.0 and 0.5 s
+    rows = document.step_costs("core_cpu_compute").splitlines()[2:]
+    assert sorted(rows) == ["| all | 1.000 | 2.00 |", "| contrastive | 0.500 | 1.00 |"]
+    measured = [record["train_seconds"] / record["steps"] for record in stored("all")]
+    assert f"| all | {statistics.fmean(measured):.3f} ± " in document.step_costs("core_cpu")
 
 
 def test_settings_hardware_commit_and_cost_are_those_of_the_records(document: Document) -> None:
