@@ -114,6 +114,11 @@ def read_study(folder: Path) -> Results:
     )
 
 
+def _asks(read_out: ReadOut) -> tuple[object, ...]:
+    """What it measures, whatever the weights."""
+    return read_out.kind, read_out.args, read_out.train, read_out.test, read_out.data
+
+
 def _columns(study: Study) -> dict[str, Column]:
     found = {}
     for name, read_out, key in study.read_columns():
@@ -121,8 +126,7 @@ def _columns(study: Study) -> dict[str, Column]:
             other
             for other, fresh, its_key in study.read_columns()
             if fresh.weights == "untrained" and read_out.weights != "untrained" and its_key == key
-            if (fresh.kind, fresh.args, fresh.train, fresh.test)
-            == (read_out.kind, read_out.args, read_out.train, read_out.test)
+            if _asks(fresh) == _asks(read_out)
         ]
         found[name] = Column(name, key, read_out, beside[0] if beside else None)
     return {**found, **{name: Column(name, name) for name in study.metrics}}
