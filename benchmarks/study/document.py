@@ -158,18 +158,16 @@ class Document:
         if study not in self.results:
             return NOT_MEASURED
         text = self._cell(study, variant, column)
-        known = self.results[study].columns.get(column)
         if text == EMPTY:
             return NOT_MEASURED
-        return f"{text} %" if known and known.is_percent else text
+        return f"{text} %" if self.results[study].is_percent(column) else text
 
     def _cell(self, study: str, variant: str, column: str) -> str:
         results = self.results[study]
         found = list(results.values(variant, column).values())
         if not found:
             return EMPTY
-        known = results.columns.get(column)
-        is_percent = known is not None and known.is_percent
+        is_percent = results.is_percent(column)
         text = f"{statistics.fmean(found):{'.2f' if is_percent else '.4g'}}"
         if len(found) > 1:
             text += f" ± {statistics.stdev(found):{'.2f' if is_percent else '.2g'}}"
@@ -181,7 +179,7 @@ class Document:
         """Mean ± std of every variant; columns that nothing has are left out."""
         results = self.results[study]
         shown = self._columns(study, columns)
-        units = [" %" if results.columns[name].is_percent else "" for name in shown]
+        units = [" %" if results.is_percent(name) else "" for name in shown]
         heads = ["variant", "seeds", "steps", "train s"]
         heads += [name + unit for name, unit in zip(shown, units, strict=True)]
         rows = []

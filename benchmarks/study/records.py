@@ -73,6 +73,9 @@ class Results:
             return None
         return 100.0 * found if column.is_percent else float(found)
 
+    def is_percent(self, column: str) -> bool:
+        return column in self.columns and self.columns[column].is_percent
+
     def has(self, column: str) -> bool:
         return any(self.values(variant, column) for variant in self.runs)
 

@@ -29,4 +29,6 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, default=ROOT / RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "study.md")
     arguments = parser.parse_args()
+    if not arguments.results.is_dir():
+        parser.error(f"--results {arguments.results}: no such folder")
     write(arguments.results, arguments.page)

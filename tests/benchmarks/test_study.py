@@ -156,6 +156,9 @@ def test_what_was_not_measured_is_said_and_what_is_absent_left_out(document: Doc
     assert not document.measured("core_cpu", "all-overlapping")
     heads = document.table("core_cpu", ["knn", "finetune"]).splitlines()[0]
     assert heads == "| variant | seeds | steps | train s | knn % |"
+    own = document.table("core_cpu", ["knn", "images", "train_seconds"]).splitlines()
+    assert own[0] == "| variant | seeds | steps | train s | knn % | images | train_seconds |"
+    assert "| 768 ± 0 |" in own[2]
     assert document.comparisons("core_cpu", [("all", "all-overlapping")]) == ""
     assert "`core_cpu`, `core_question`" in document.versus(
         ["core_cpu", "core_question"], [("all", "all-overlapping")]
