@@ -33,6 +33,7 @@ ALT_TEXTS = {
 BUDGETS = {
     "images": "equal images: every variant saw the same images in the same order",
     "compute": "equal compute: steps x seconds per step are the same for every variant",
+    "flops": "equal compute: every variant trains for the same FLOPs, counted from its config",
     "as_given": "lengths as the study gives them, not made equal",
 }
 
@@ -119,7 +120,7 @@ class Document:
         dates = sorted(record["date"][:10] for record in results.records if record.get("date"))
         threads = sorted({str(record["threads"]) for record in results.records if record.get("threads")})
         rows = [
-            ("budget", BUDGETS[results.study.budget]),
+            ("budget", BUDGETS["flops" if results.study.cost == "flops" else results.study.budget]),
             ("backbone", f"{model['name']}{f' ({depth})' if depth else ''}"),
             ("tokens", f"{side * side} patches of {model['patch_px']} px of a view of {model['img_px']} px"),
             ("data", self.setting(study, "data.shards")),
@@ -264,13 +265,21 @@ class Document:
         return self.column_differences(study, [(one.name, one.untrained) for one in columns if one.untrained])
 
     def step_costs(self, study: str, beside: str = figures.CONTRASTIVE) -> str:
-        """Seconds of a step of each variant, as measured beforehand or in its runs, and relative to one."""
-        results = self.results[study]
-        found = {name: [cost["seconds_per_step"]] for name, cost in results.costs.items()}
-        if not found:
+        """What a step of each variant takes, relative to one: FLOPs where lengths were made equal by them, else
+        seconds, as measured beforehand or in its runs."""
+        results, unit = self.results[study], "seconds of a step"
+        counted = {
+            name: cost["flops_per_image"] for name, cost in results.costs.items() if "flops_per_image" in cost
+        }
+        found = {
+            name: [cost["seconds_per_step"]] for name, cost in results.costs.items() if name not in counted
+        }
+        if counted:
+            unit, found = "training MFLOP an image", {name: [flops / 1e6] for name, flops in counted.items()}
+        elif not found:
             found = {name: list(results.values(name, "seconds_per_step").values()) for name in results.runs}
         base = statistics.fmean(found[beside]) if beside in found else None
-        heads = ["variant", "seconds of a step", *([f"relative to {beside}"] if base else [])]
+        heads = ["variant", unit, *([f"relative to {beside}"] if base else [])]
         rows = [
             [name, _spread(values), *([f"{statistics.fmean(values) / base:.2f}"] if base else [])]
             for name, values in found.items()

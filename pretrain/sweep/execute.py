@@ -25,6 +25,7 @@ from pretrain.sweep.runs import (
     Run,
     Sweep,
     asked,
+    counted_costs,
     hash_of,
     is_done,
     plan_runs,
@@ -55,8 +56,9 @@ def run_sweep(
                 logger.info("stopped while measuring seconds per step; the same command goes on")
                 return EXIT_PREEMPTED
         if measure_only:
-            for name, seconds in (known_costs(sweep) or {}).items():
-                logger.info("%s: %.4g s per step", name, seconds)
+            unit = "training FLOPs an image" if sweep.study.cost == "flops" else "s per step"
+            for name, cost in (known_costs(sweep) or {}).items():
+                logger.info("%s: %.4g %s", name, cost, unit)
             return EXIT_DONE
         runs = resolved_runs(sweep)
         if index is not None and not 0 <= index < len(runs):
@@ -253,10 +255,12 @@ def hardware(environment: Mapping[str, Any]) -> str:
 
 
 def known_costs(sweep: Sweep) -> dict[str, float] | None:
-    """Seconds per step of each variant: {} where the budget needs none, None where some are not measured."""
+    """What a step of each variant costs: {} where the budget needs none, None where some are not measured."""
     study = sweep.study
     if study.budget != "compute":
         return {}
+    if study.cost == "flops":
+        return counted_costs(sweep)
     if study.cost:
         return dict(study.cost)
     measured = _measured_costs(sweep)

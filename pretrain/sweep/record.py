@@ -13,7 +13,17 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any
 
-from pretrain.sweep.runs import COST, DONE, PROGRESS, Run, Sweep, is_done, read_json, write_json
+from pretrain.sweep.runs import (
+    COST,
+    DONE,
+    PROGRESS,
+    Run,
+    Sweep,
+    counted_costs,
+    is_done,
+    read_json,
+    write_json,
+)
 
 logger = logging.getLogger("pretrain")
 
@@ -116,7 +126,7 @@ def record_of(sweep: Sweep, run: Run, done: Mapping[str, Any]) -> dict[str, Any]
     base = os.path.normpath(sweep.base_of(run.variant))
     about = {
         "study": sweep.path.stem,
-        "budget": sweep.study.budget,
+        "budget": "flops" if sweep.study.cost == "flops" else sweep.study.budget,
         "command": command_of(sweep),
         "base": base,
     }
@@ -173,8 +183,10 @@ def take_over(sweep: Sweep, runs: Sequence[Run]) -> None:
 
 
 def _costs(sweep: Sweep) -> dict[str, Any]:
-    """Seconds per step of each variant, as given or as measured."""
+    """What a step of each variant costs, as counted, given or measured."""
     given = sweep.study.cost
+    if given == "flops":
+        return {name: {"flops_per_image": flops} for name, flops in counted_costs(sweep).items()}
     if given:
         return {name: {"seconds_per_step": seconds, "is_given": True} for name, seconds in given.items()}
     return (read_json(sweep.folder / COST) or {}) if sweep.study.budget == "compute" else {}

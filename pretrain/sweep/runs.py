@@ -221,18 +221,25 @@ def _length(config: RunConfig) -> str:
     return f"{length} of {config.batch.global_size} images a step"
 
 
-def plan_runs(sweep: Sweep, seconds_per_step: Mapping[str, float] | None = None) -> list[Run]:
+def counted_costs(sweep: Sweep) -> dict[str, float]:
+    """Training FLOPs of an image by each variant: all see batches of one size."""
+    from pretrain.plan.flops import train_flops
+
+    return {name: train_flops(config).train for name, (_, config) in resolve_variants(sweep).items()}
+
+
+def plan_runs(sweep: Sweep, costs: Mapping[str, float] | None = None) -> list[Run]:
     """Every run, all variants of one seed before the next: a sweep that is cut short has whole rows to show.
 
-    seconds_per_step: of each variant, for budget: compute.
+    costs: of a step of each variant, in any unit, for budget: compute.
     """
     study = sweep.study
     variants = resolve_variants(sweep)
     if study.budget == "compute":
-        assert seconds_per_step is not None
-        reference = study.reference or max(variants, key=lambda name: seconds_per_step[name])
+        assert costs is not None
+        reference = study.reference or max(variants, key=lambda name: costs[name])
         for name, (overrides, config) in variants.items():
-            factor = seconds_per_step[reference] / seconds_per_step[name]
+            factor = costs[reference] / costs[name]
             scaled = (*overrides, *scaled_schedule(config, factor))
             variants[name] = (scaled, load_config(sweep.base_of(name), scaled))
     runs = []

@@ -121,7 +121,9 @@ class Study(_Settings):
     variants: dict[str, tuple[Override, ...] | Variant] = {}  # name -> overrides of the base, or of another
     subsets: Subsets | None = None
     budget: BudgetKind = "images"
-    cost: dict[str, Positive] = {}  # seconds per step of each variant, for budget: compute; {}: measured
+    # of a step of each variant, for budget: compute. {}: its seconds are measured; flops: counted from the
+    # configs, the same on any machine; else the seconds that are given
+    cost: Literal["flops"] | dict[str, Positive] = {}
     reference: str | None = None  # whose schedule the compute budget keeps; None: that of the dearest step
     measure_steps: Annotated[int, Field(ge=6)] = 60  # of the short run that measures a variant's cost
     evaluate: tuple[ReadOut, ...] = ()
@@ -185,8 +187,10 @@ class Study(_Settings):
     def _check_budget(self, names: Sequence[str]) -> None:
         if self.budget != "compute" and (self.cost or self.reference):
             raise ValueError("`cost` and `reference` belong to budget: compute; set that, or remove them")
-        _refuse_unknown("cost", self.cost, names)
         _refuse_unknown("reference", [self.reference] if self.reference else [], names)
+        if self.cost == "flops":
+            return
+        _refuse_unknown("cost", self.cost, names)
         missing = [name for name in names if name not in self.cost]
         if self.cost and missing:
             raise ValueError(

@@ -51,7 +51,7 @@ def table_of(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
     all_done = [done for by_seed in found.values() for done in by_seed.values()]
     return {
         "study": sweep.path.stem,
-        "budget": sweep.study.budget,
+        "budget": "flops" if sweep.study.cost == "flops" else sweep.study.budget,
         "rows": rows,
         "hardware": sorted({done["hardware"] for done in all_done}),
         "commits": sorted({done["commit"] or "unknown" for done in all_done}),
@@ -132,6 +132,7 @@ def _cell(value: Mapping[str, Any], num_finished: int) -> str:
 _BUDGETS = {
     "images": "every variant saw the same number of images",
     "compute": "every variant trained for the same steps x seconds per step, as measured or given beforehand",
+    "flops": "every variant trained for the same FLOPs, as counted from its config",
     "as_given": "lengths as the study gives them, not made equal",
 }
 

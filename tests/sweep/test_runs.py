@@ -10,6 +10,7 @@ from small_study import STUDY, write_study
 
 from pretrain.config import load_config
 from pretrain.errors import ConfigError, UserError
+from pretrain.sweep.execute import known_costs
 from pretrain.sweep.runs import (
     PROGRESS,
     Run,
@@ -69,6 +70,16 @@ def test_a_variant_may_start_from_a_config_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "other.yaml").unlink()
     with pytest.raises(ConfigError, match=r"variant 'other': .*other\.yaml: cannot be read"):
         plan_runs(sweep)
+
+
+def test_counted_flops_make_compute_equal_on_any_machine(tmp_path: Path) -> None:
+    text = STUDY.replace("variants:\n", "budget: compute\ncost: flops\nreference: rotation\nvariants:\n")
+    sweep = small_sweep(tmp_path, text, "schedule.steps=100000")
+    costs = known_costs(sweep)
+    assert costs is not None
+    assert costs["both"] > costs["rotation"]  # a head more
+    steps = {run.variant: run.config.schedule.steps for run in plan_runs(sweep, costs)}
+    assert steps == {"rotation": 100000, "both": round(100000 * costs["rotation"] / costs["both"])}
 
 
 def test_a_wrong_variant_is_told_by_name_before_anything_runs(tmp_path: Path) -> None:
