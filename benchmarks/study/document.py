@@ -265,7 +265,7 @@ class Document:
         return self.column_differences(study, [(one.name, one.untrained) for one in columns if one.untrained])
 
     def step_costs(self, study: str, beside: str = figures.CONTRASTIVE) -> str:
-        """What a step of each variant takes, relative to one: FLOPs where lengths were made equal by them, else
+        """What a step of each variant takes, also relative to one: FLOPs where these made lengths equal, else
         seconds, as measured beforehand or in its runs."""
         results, unit = self.results[study], "seconds of a step"
         counted = {
