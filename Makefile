@@ -12,7 +12,7 @@ STEP_PEERS := $(VENV)/step-peers
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-cluster test-cluster-slow chaos gpu-check bench bench-overhead \
-	bench-checkpoint bench-data bench-metrics bench-plan bench-export bench-evaluate bench-gpu protocol study-report check format shards pretrain export evaluate report \
+	bench-checkpoint bench-data bench-metrics bench-plan bench-export bench-evaluate bench-gpu protocol study study-report check format shards pretrain export evaluate report \
 	doctor plan pages clean
 
 help: ## list the targets
@@ -121,6 +121,10 @@ bench-gpu: $(if $(BENCH_PYTHON),,$(READY)) ## utilisation, memory and peers on a
 
 protocol: $(READY) ## CIFAR-10: pretrain, k-NN, linear, few labels, fine-tuning; eight minutes, the same command goes on
 	$(BIN)/python benchmarks/cifar10_protocol.py --max-minutes 8 --out benchmarks/results/cifar10-protocol.json $(ARGS)
+
+study: $(READY) ## runs of STUDY=configs/studies/x.yaml, eight minutes of them; the same command goes on
+	$(BIN)/pretrain sweep $(or $(STUDY),configs/studies/core_cpu.yaml) \
+		--results benchmarks/results/study --max-minutes 8 $(ARGS) || [ $$? = 75 ]
 
 study-report: $(READY) ## docs/study.md and its figures, from the records under benchmarks/results/study
 	$(BIN)/python benchmarks/study/report.py
