@@ -49,9 +49,9 @@ class Document:
     def functions(self) -> dict[str, Callable[..., Any]]:
         names = (
             "measured", "not_measured", "pending", "table", "value", "difference", "verdict", "comparisons",
-            "versus", "summary", "column_differences", "above_untrained", "step_costs", "cost", "setting",
-            "setup", "commit", "commands", "seeds", "hardware", "num_seeds", "figure", "conflict", "pictures",
-            "weights", "costs",
+            "versus", "summary", "column_differences", "above_untrained", "own_measures", "step_costs",
+            "cost", "costs", "setting", "setup", "commit", "commands", "seeds", "num_seeds", "hardware",
+            "figure", "conflict", "pictures", "weights",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -175,11 +175,23 @@ class Document:
         return text if len(found) == len(results.runs[variant]) else f"{text} (n={len(found)})"
 
     def table(
-        self, study: str, columns: Sequence[str] | None = None, variants: Sequence[str] | None = None
+        self,
+        study: str,
+        columns: Sequence[str] | None = None,
+        variants: Sequence[str] | None = None,
+        without: Sequence[str] = (),
     ) -> str:
-        """Mean ± std of every variant; columns that nothing has are left out."""
+        """Mean ± std of every variant, and of fresh weights; columns that nothing has are left out.
+
+        columns: all read-outs of trained weights but those in `without`, if None.
+        """
         results = self.results[study]
-        shown = self._columns(study, columns)
+        of_trained = [
+            name
+            for name, one in results.columns.items()
+            if one.read_out is not None and one.read_out.weights != "untrained" and name not in without
+        ]
+        shown = self._columns(study, of_trained if columns is None else columns)
         units = [" %" if results.is_percent(name) else "" for name in shown]
         heads = ["variant", "seeds", "steps", "train s"]
         heads += [name + unit for name, unit in zip(shown, units, strict=True)]
@@ -198,7 +210,22 @@ class Document:
                         *(self._cell(study, name, one) for one in shown),
                     ]
                 )
+        fresh = [results.columns[name].untrained if name in results.columns else None for name in shown]
+        if any(fresh):
+            rows.append(["untrained", EMPTY, "0", "0", *(self._of_all(study, one) for one in fresh)])
         return _markdown(heads, rows)
+
+    def _of_all(self, study: str, column: str | None) -> str:
+        """A column that is of all variants alike, as a cell."""
+        if column is None:
+            return EMPTY
+        cells = [self._cell(study, name, column) for name in self.results[study].runs]
+        return next((cell for cell in cells if cell != EMPTY), EMPTY)
+
+    def own_measures(self, study: str) -> str:
+        """What each task measures of itself at the end of training; '' where nothing was asked for."""
+        names = [name for name, one in self.results[study].columns.items() if one.read_out is None]
+        return self.table(study, names) if self._columns(study, names) else ""
 
     def _difference(self, study: str, a: str, b: str, column: str) -> Difference | None:
         results = self.results[study]

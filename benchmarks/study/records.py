@@ -33,7 +33,8 @@ class Column:
         """Whether it says what the trained weights are worth, so that variants are compared by it."""
         if self.read_out is None or self.read_out.weights == "untrained" or "--scratch" in self.read_out.args:
             return False
-        return self.is_percent
+        is_of_other_images = self.key.startswith("also.")  # which tell about images, not about weights
+        return self.is_percent and not is_of_other_images
 
 
 @dataclass(frozen=True)
