@@ -16,7 +16,7 @@ from pretrain import build
 from pretrain.checkpoint import Checkpoint
 from pretrain.config import RunConfig
 from pretrain.illustrate.images import Picked
-from pretrain.illustrate.shown_views import cut_views, inputs_of, seen_pixels
+from pretrain.illustrate.shown_views import cut_views, inputs_of, plan_of, seen_pixels
 from pretrain.peers import ALONE
 from pretrain.pretext import OF_TRAINING_IMAGES, plain
 from pretrain.report.hog_picture import hog_picture
@@ -189,6 +189,7 @@ def _shown(
                 to_pixels(restored[row]),
                 difference_map(restored[row], target[row], where),
                 mean_difference(restored[row], target[row], where),
+                plan_of(answered.plan, row, answered.layout),
             )
         )
     return TaskRestorations(name, captions, reading, tuple(rows))

@@ -16,6 +16,7 @@ from torch import Tensor
 from pretrain.report.markup import Markup, tag
 from pretrain.report.page import Section, how_to_read, section
 from pretrain.report.palette import heat, heat_stops
+from pretrain.report.patch_drawing import Plan
 from pretrain.report.pictures import Pixels, panel, panels, picture
 from pretrain.tokens import take
 from pretrain.views.corrupt import put
@@ -34,6 +35,7 @@ class Restoration:
     restored: Pixels
     difference: Pixels
     error: float | None = None  # mean over what was asked for, in the range of a pixel
+    plan: Plan | None = None  # which patches each task of the view works on
 
 
 @dataclass(frozen=True)
