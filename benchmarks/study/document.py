@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import statistics
@@ -19,6 +21,7 @@ from study.records import Results
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).with_name("study.md.j2")
 RESULTS = "benchmarks/results/study"
+ABOUT = "about.json"  # beside pictures: what they are of
 EMPTY = "–"  # noqa: RUF001
 NOT_MEASURED = "not measured"
 
@@ -378,12 +381,19 @@ class Document:
         return f"![{ALT_TEXTS[name]} ({study})]({self.folder.name}/{path.name})"
 
     def pictures(self) -> str:
-        """The PNG files that lie beside records, each with its name, as docs/ links to them."""
+        """The PNG files that lie beside records, as docs/ links to them, and what about.json says of them."""
         found = []
         for results in self.results.values():
-            for path in results.pictures:
-                where = Path(os.path.relpath(path.resolve(), ROOT / "docs")).as_posix()
-                found.append(f"![{path.stem.replace('_', ' ')} ({results.name})]({where})")
+            for folder, paths in itertools.groupby(results.pictures, key=lambda path: path.parent):
+                file = folder / ABOUT
+                about = json.loads(file.read_text()) if file.exists() else None
+                for path in paths:
+                    where = Path(os.path.relpath(path.resolve(), ROOT / "docs")).as_posix()
+                    found.append(f"![{path.stem.replace('_', ' ')} ({results.name})]({where})")
+                    if about and path.stem in about["captions"]:
+                        found.append(about["captions"][path.stem])
+                if about:
+                    found.append(_origin(about))
         return "\n\n".join(found)
 
 
@@ -404,6 +414,21 @@ def render(document: Document, template: Path = TEMPLATE) -> str:
     }
     told = environment.get_template(template.name).render(**document.functions(), rule=rule)
     return re.sub(r"\n{3,}", "\n\n", told).rstrip() + "\n"
+
+
+def _origin(about: Mapping[str, Any]) -> str:
+    """Of which run and images pictures are, and the commands that made them."""
+    images = ", ".join(
+        f"{number} ({name})" if name else str(number)
+        for number, name in zip(about["images"], about["classes"], strict=True)
+    )
+    commit = f"`{str(about['commit'] or 'unknown')[:12]}`" + (" with changes" if about["uncommitted"] else "")
+    commands = "\n".join(filter(None, [about["train_command"], about["command"]]))
+    return (
+        f"Run `{about['run']}`: step {about['step']}, seed {about['seed']}, commit {commit}. "
+        f"Images of {about['source']}: {images}.\n\n"
+        f"```sh\n# needs the data of the run\n{commands}\n```"
+    )
 
 
 def _at(settings: Any, path: str) -> Any:
