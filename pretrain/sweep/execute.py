@@ -274,8 +274,10 @@ def known_costs(sweep: Sweep) -> dict[str, float] | None:
 
 def _measured_costs(sweep: Sweep) -> dict[str, Any]:
     """By the name of the variant: measured for these runs, else for those that `--results` has records of."""
-    kept = None if sweep.results is None else read_json(sweep.results / sweep.path.stem / COST)
-    return read_json(sweep.folder / COST) or kept or {}
+    path = None if sweep.results is None else sweep.results / sweep.path.stem / COST
+    kept = {} if path is None else read_json(path, f"remove {path}") or {}
+    # given or counted costs, of an earlier version of the study, are not measured ones
+    return read_json(sweep.folder / COST) or {name: one for name, one in kept.items() if "config_hash" in one}
 
 
 def _refuse_other_cost(sweep: Sweep, name: str, measured: Mapping[str, Any], config_hash: str) -> None:

@@ -19,10 +19,14 @@ from pretrain.sweep.runs import (
     PROGRESS,
     Run,
     Sweep,
+    asked,
     counted_costs,
+    differences,
     is_done,
     read_json,
+    told_in_short,
     write_json,
+    write_text,
 )
 
 logger = logging.getLogger("pretrain")
@@ -156,7 +160,7 @@ def write_records(sweep: Sweep, runs: Sequence[Run]) -> None:
     if sweep.results is None:
         return
     folder = sweep.results / sweep.path.stem
-    study = _ABSOLUTE.sub(r"\1", sweep.path.read_text())
+    study = portable(sweep.path.read_text())
     _write(folder / "study.yaml", f"# As run: {command_of(sweep)}\n{study}")
     costs = _costs(sweep)
     if costs:
@@ -168,16 +172,46 @@ def write_records(sweep: Sweep, runs: Sequence[Run]) -> None:
 
 
 def take_over(sweep: Sweep, runs: Sequence[Run]) -> None:
-    """Runs that `sweep.results` has a record of, made elsewhere with the same settings, are not run again."""
+    """Runs that `sweep.results` has a record of, made elsewhere with the same settings, are not run again.
+
+    A record that cannot take the place of its run is told: the run that is to come replaces it.
+    """
     if sweep.results is None:
         return
     taken = []
     for run in runs:
-        record = read_json(sweep.results / sweep.path.stem / run.variant / f"seed-{run.seed}.json")
-        is_new = not any((run.folder / name).exists() for name in (DONE, PROGRESS))
-        if is_new and record is not None and record["config_hash"] == run.config_hash:
-            write_json(run.folder / DONE, record)
+        path = sweep.results / sweep.path.stem / run.variant / f"seed-{run.seed}.json"
+        if (run.folder / PROGRESS).exists() or is_done(run):
+            continue
+        known = read_json(run.folder / DONE)  # a record as well: what runs here has its progress beside it
+        record = read_json(path, f"remove {path} to run it again")
+        if record is None or record == known:
+            continue
+        if record.get("config_hash") != run.config_hash:
+            found = differences(record.get("config", {}), portable(run.settings))
+            logger.warning(
+                "%s: was made with other settings (%s); %s is run again, and replaces it",
+                path,
+                told_in_short(found) or "folders of other names",
+                run.name,
+            )
+            continue
+        write_json(run.folder / DONE, record)
+        if is_done(run):
             taken.append(run.name)
+        else:
+            lacking = [
+                one.name
+                for one in run.read_outs
+                if record["read_outs"].get(one.name, {}).get("asked") != asked(run, one)
+            ]
+            logger.warning(
+                "%s: has no read-out %s as the study asks for it; for that %s is run again, and replaces it "
+                "(--skip does without a read-out)",
+                path,
+                ", ".join(lacking),
+                run.name,
+            )
     if taken:
         logger.info("%d runs taken over from %s", len(taken), sweep.results / sweep.path.stem)
 
@@ -208,7 +242,4 @@ def _write(path: Path, text: str) -> None:
     """Complete or not at all; a file that holds the same already is left alone."""
     if path.exists() and path.read_text() == text:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_text(path, text)

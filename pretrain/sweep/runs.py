@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,24 +270,30 @@ def scaled_schedule(config: RunConfig, factor: float) -> tuple[str, ...]:
     return tuple(scaled)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file, or None if there is no such file."""
+def read_json(path: Path, remedy: str | None = None) -> dict[str, Any] | None:
+    """The object in a file, or None if there is no such file. remedy: for a file of no run's own folder."""
+    remedy = remedy or f"remove {path.parent} to run it again"
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove {path.parent} to run it again") from None
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: holds no object; remove {path.parent} to run it again")
+        raise UserError(f"{path}: holds no object; {remedy}")
     return found
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Complete or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Complete or not at all, also where several sweeps of one study write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
     temporary.replace(path)
 
 
@@ -328,11 +335,16 @@ def refuse_changed(run: Run) -> None:
     if begun is None or begun.get("config_hash") == run.config_hash:
         return
     found = differences(begun.get("config", {}), run.settings)
-    more = f" and {len(found) - NUM_DIFFERENCES} more" if len(found) > NUM_DIFFERENCES else ""
     raise UserError(
-        f"{run.folder}: was begun with other settings ({'; '.join(found[:NUM_DIFFERENCES])}{more}); "
+        f"{run.folder}: was begun with other settings ({told_in_short(found)}); "
         "undo the change, choose another --output-dir, or remove that folder"
     )
+
+
+def told_in_short(found: Sequence[str]) -> str:
+    """The first of some differences, and how many more there are."""
+    more = f" and {len(found) - NUM_DIFFERENCES} more" if len(found) > NUM_DIFFERENCES else ""
+    return "; ".join(found[:NUM_DIFFERENCES]) + more
 
 
 def differences(was: Any, now: Any, where: str = "") -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.sweep.runs import DONE, FAILED, Run, Sweep, asked, read_json, write_json
+from pretrain.sweep.runs import DONE, FAILED, Run, Sweep, asked, read_json, write_json, write_text
 from pretrain.sweep.study import ReadOut
 
 EMPTY = "–"  # noqa: RUF001
@@ -158,6 +158,4 @@ def write_table(sweep: Sweep, runs: Sequence[Run]) -> None:
     """DIR/table.json and DIR/table.md, each complete or not at all."""
     table = table_of(sweep, runs)
     write_json(sweep.folder / "table.json", table)
-    temporary = sweep.folder / ".table.md.tmp"
-    temporary.write_text(f"# {table['study']}\n\n{format_table(table)}\n")
-    temporary.replace(sweep.folder / "table.md")
+    write_text(sweep.folder / "table.md", f"# {table['study']}\n\n{format_table(table)}\n")

@@ -234,3 +234,54 @@ def test_an_environment_says_whether_its_commit_is_all_of_the_code() -> None:
     found = environment()
     assert (found["uncommitted"] is None) == (found["commit"] is None)
     assert found["threads"] >= 1
+
+
+def test_a_record_that_lacks_a_read_out_is_replaced_with_a_word_and_a_fuller_one_is_taken_over(
+    calls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_study(tmp_path, ONE_SEED)
+    assert sweep() == 0
+    kept, text = Path("kept/study/both/seed-0.json"), calls.read_text()
+    full = kept.read_text()
+    kept.write_text(json.dumps({**json.loads(full), "read_outs": {}}))
+    shutil.rmtree("out")
+    told = "both/seed-0.json: has no read-out knn as the study asks for it; for that both/seed-0 is run again"
+    assert sweep("--table-only") == 0
+    assert told in capsys.readouterr().out
+    kept.write_text(full)  # such as by a `git pull`
+    assert sweep() == 0
+    assert calls.read_text() == text  # nothing was run
+    assert kept.read_text() == full
+    assert json.loads(Path("out/table.json").read_text())["rows"][0]["columns"]["knn"]["mean"] == 50.0
+
+    kept.write_text(json.dumps({**json.loads(full), "read_outs": {}}))
+    shutil.rmtree("out")
+    assert sweep("--index", 0) == 0
+    assert calls.read_text().removeprefix(text).startswith("train run.yaml")
+    assert set(record("both")["read_outs"]) == {"knn"}
+
+
+def test_a_record_of_other_settings_or_of_none_is_told(
+    calls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_study(tmp_path, ONE_SEED)
+    assert sweep() == 0
+    shutil.rmtree("out")
+    assert sweep("optim.weight_decay=0.3", "--index", 0) == 0
+    said = capsys.readouterr().out
+    assert "both/seed-0.json: was made with other settings (optim.weight_decay: was " in said
+    assert "now 0.3); both/seed-0 is run again, and replaces it" in said
+    shutil.rmtree("out")
+    Path("kept/study/both/seed-0.json").write_text("<<<<<<< HEAD\n")
+    assert sweep() == 2
+    assert "remove kept/study/both/seed-0.json to run it again" in capsys.readouterr().err
+
+
+def test_costs_that_were_given_once_are_not_taken_for_measured_ones(calls: Path, tmp_path: Path) -> None:
+    given = f"{ONE_SEED}budget: compute\ncost: {{both: 2.0, rotation: 1.0}}\n"
+    write_study(tmp_path, given)
+    assert sweep("--index", 0) == 0
+    shutil.rmtree("out")
+    write_study(tmp_path, f"{ONE_SEED}budget: compute\nmeasure_steps: 12\n")
+    assert sweep("--measure-only") == 0
+    assert json.loads(Path("out/cost.json").read_text())["both"]["seconds_per_step"] == 0.4
