@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pretrain.errors import UserError
+from pretrain.sweep.runs import differences, read_json, told_in_short
 from pretrain.sweep.study import ReadOut, Study, load_study
 
 OWN = ("steps", "images", "train_seconds", "seconds_per_step")  # columns that every run has
@@ -67,7 +68,10 @@ class Results:
             return None
         if column.read_out is None:
             return record["metrics"].get(name)
-        found: Any = record["read_outs"].get(column.read_out.name, {}).get("result")
+        left = record["read_outs"].get(column.read_out.name)
+        if left is None or not _is_of(left["asked"], column.read_out, record["seed"]):
+            return None  # as in the table of the sweep: measured in another way, before the study was changed
+        found: Any = left["result"]
         for key in column.key.split("."):
             found = found.get(key) if isinstance(found, dict) else None
         if isinstance(found, bool) or not isinstance(found, (int, float)):
@@ -99,23 +103,59 @@ def read(folder: Path) -> dict[str, Results]:
 
 
 def read_study(folder: Path) -> Results:
+    """Raises UserError for a file that is no record, and for records that are not of one study."""
     study = load_study(folder / "study.yaml")
     runs = {}
     for variant in study.all_variants():
-        records = [json.loads(path.read_text()) for path in (folder / variant).glob("seed-*.json")]
+        found = {path: _read(path) for path in (folder / variant).glob("seed-*.json")}
+        records = sorted((one for one in found.values() if one), key=lambda one: one["seed"])
         if records:
-            runs[variant] = {
-                record["seed"]: record for record in sorted(records, key=lambda one: one["seed"])
-            }
-    cost = folder / "cost.json"
+            runs[variant] = {record["seed"]: record for record in records}
+    _refuse_mixed(folder, study, runs)
     return Results(
         name=folder.name,
         study=study,
         runs=runs,
         columns=_columns(study),
-        costs=json.loads(cost.read_text()) if cost.exists() else {},
+        costs=_read(folder / "cost.json") or {},
         pictures=tuple(sorted(folder.glob("**/*.png"))),
     )
+
+
+def _read(path: Path) -> Record | None:
+    return read_json(path, f"remove {path}, or run it again")
+
+
+def _refuse_mixed(folder: Path, study: Study, runs: Mapping[str, Mapping[int, Record]]) -> None:
+    """Seeds of a variant differ in nothing else, and at equal images all runs saw as many: else some are left
+    of an earlier version of the study, and would be compared with those of a later one."""
+    seen: tuple[str, Any] | None = None
+    for variant, by_seed in runs.items():
+        first, *others = by_seed.values()
+        for record in others:
+            found = differences({**first["config"], "seed": 0}, {**record["config"], "seed": 0})
+            if found:
+                raise UserError(
+                    f"{folder / variant}: seed {record['seed']} has other settings than seed {first['seed']} "
+                    f"({told_in_short(found)}); remove the one that is out of date, or run it again"
+                )
+        if study.budget == "images":
+            seen = seen or (variant, first["images"])
+            if first["images"] != seen[1]:
+                raise UserError(
+                    f"{folder}: '{variant}' saw {first['images']} images, '{seen[0]}' {seen[1]}, though the "
+                    "study is one of equal images; remove the records that are out of date, or run them again"
+                )
+
+
+def _is_of(asked: Mapping[str, Any], read_out: ReadOut, seed: int) -> bool:
+    """Whether a result is of the read-out as the study has it now. A set that the study leaves to the run
+    is that of its training."""
+    args = [str(argument).replace("{seed}", str(seed)) for argument in read_out.args]
+    named = {"train": read_out.train, "test": read_out.test, "data": read_out.data}
+    wanted = {"kind": read_out.kind, "weights": read_out.weights, "args": args}
+    wanted |= {name: where for name, where in named.items() if where is not None}
+    return all(asked.get(name) == value for name, value in wanted.items())
 
 
 def _asks(read_out: ReadOut) -> tuple[object, ...]:

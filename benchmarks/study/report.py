@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pretrain.errors import UserError
 from study.document import RESULTS, ROOT, TEMPLATE, Document, render
 from study.records import read
 
@@ -31,4 +32,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if not arguments.results.is_dir():
         parser.error(f"--results {arguments.results}: no such folder")
-    write(arguments.results, arguments.page)
+    try:
+        write(arguments.results, arguments.page)
+    except UserError as error:
+        parser.error(str(error))

@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import runpy
 import shutil
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from study.compare import difference
 from study.document import RESULTS, TEMPLATE, Document
 from study.records import Results, read, read_study
 from study.report import write
+
+from pretrain.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 STORED = Path(__file__).with_name("study_results")
@@ -206,6 +210,67 @@ def test_settings_hardware_commit_and_cost_are_those_of_the_records(document: Do
     setup = document.setup("core_cpu")
     assert "| tokens | 64 patches of 4 px of a view of 32 px |" in setup
     assert "| images in all | 768 |" in setup  # 24 steps of 32
+
+
+def changed(folder: Path, variant: str, seed: int, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of the records of which one is another."""
+    shutil.copytree(STORED / "core_cpu", folder / "core_cpu")
+    path = folder / "core_cpu" / variant / f"seed-{seed}.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    return folder
+
+
+def test_a_read_out_with_other_arguments_than_the_study_has_is_not_counted(tmp_path: Path) -> None:
+    def otherwise(record: dict[str, Any]) -> None:
+        record["read_outs"]["knn"]["asked"]["args"] = ["--batch-size", "64", "--k", "1"]
+
+    found = read(changed(tmp_path, "all", 1, otherwise))["core_cpu"]
+    assert list(found.values("all", "knn")) == [0, 2]
+    assert list(found.values("all", "knn_patches")) == [0, 1, 2]
+    document = Document({"core_cpu": found}, tmp_path / "study")
+    assert document.verdict("core_cpu", "all", "contrastive", "knn") == "too few seeds"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda one: one["config"]["optim"].update(base_lr=9.0),
+            r"all: seed 1 has other settings than seed 0 ",
+        ),
+        (lambda one: one["config"]["schedule"].update(steps=48), r"\(schedule.steps: was 24, now 48\)"),
+    ],
+)
+def test_seeds_of_a_variant_that_differ_in_more_are_refused(
+    change: Callable[[dict[str, Any]], object], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=told):
+        read(changed(tmp_path, "all", 1, change))
+
+
+def test_records_of_an_earlier_length_are_refused_at_equal_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(STORED / "core_cpu", tmp_path / "core_cpu")
+    for path in (tmp_path / "core_cpu" / "contrastive").glob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "images": 1536}))
+    script = str(ROOT / "benchmarks" / "study" / "report.py")
+    monkeypatch.setattr(
+        sys, "argv", [script, "--results", str(tmp_path), "--page", str(tmp_path / "page.md")]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(script, run_name="__main__")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"'\S+' saw \d+ images, 'contrastive' 1536, though the study is one of equal images", said
+    )
+    assert not (tmp_path / "page.md").exists()
+    (tmp_path / "core_cpu" / "all" / "seed-0.json").write_text("")
+    with pytest.raises(UserError, match=r"all/seed-0.json: cannot be read"):
+        read(tmp_path)
 
 
 def test_code_that_is_in_no_commit_is_told(tmp_path: Path) -> None:
