@@ -60,7 +60,7 @@ def table_of(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _read(done: Mapping[str, Any], run: Run, read_out: ReadOut, path: str) -> float | None:
-    """The value at `path` of a run's read-out; None where it has none, or one with other arguments."""
+    """The value at `path` of a run's read-out; None where it has none, null, or one with other arguments."""
     left = done["read_outs"].get(read_out.name)
     if left is None or left["asked"] != asked(run, read_out):
         return None
@@ -72,6 +72,8 @@ def _read(done: Mapping[str, Any], run: Run, read_out: ReadOut, path: str) -> fl
                 + (f", which has {', '.join(value)}" if isinstance(value, dict) else "")
             )
         value = value[key]
+    if value is None:  # such as the accuracy on images that two sets share, where they share none
+        return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"evaluate '{read_out.name}': '{path}' is not a number")
     return value

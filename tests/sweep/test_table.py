@@ -19,7 +19,7 @@ def small_sweep(folder: Path) -> tuple[Sweep, dict[str, Run]]:
 
 
 def finish(
-    run: Run, top1: float, accuracy: float | None, seconds: float = 2.0, commit: str = "c0ffee"
+    run: Run, top1: float | None, accuracy: float | None, seconds: float = 2.0, commit: str = "c0ffee"
 ) -> None:
     left = {"knn": {"asked": asked(run, run.read_outs[0]), "result": {"top1_ratio": top1, "k": {"best": 3}}}}
     content = {"variant": run.variant, "seed": run.seed, "config_hash": run.config_hash, "steps": 3}
@@ -77,6 +77,15 @@ def test_a_read_out_that_the_study_has_changed_since_is_not_counted(tmp_path: Pa
         write_study(tmp_path, STUDY.replace("--feature, class", "--feature, mean_patch")), tmp_path / "out"
     )
     assert table_of(changed, plan_runs(changed))["rows"][0]["columns"]["knn"]["n"] == 0
+
+
+def test_a_value_that_is_null_is_none(tmp_path: Path) -> None:
+    """Such as the accuracy on images that two test sets share: a study goes on where they share none."""
+    sweep, runs = small_sweep(tmp_path)
+    for seed, top1 in enumerate((0.4, None)):
+        finish(runs[f"both/seed-{seed}"], top1, 0.5)
+    column = table_of(sweep, list(runs.values()))["rows"][0]["columns"]["knn"]
+    assert (column["n"], column["mean"]) == (1, 40.0)
 
 
 def test_a_value_is_found_with_dots_and_one_that_is_not_there_is_told(tmp_path: Path) -> None:
