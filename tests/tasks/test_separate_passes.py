@@ -13,6 +13,8 @@ from pretrain.config import RunConfig, load_config
 from pretrain.errors import ConfigError
 from pretrain.peers import ALONE
 from pretrain.tasks.multitask import MultiTask
+from pretrain.views.pixels import split_patches
+from pretrain.views.pixels_cpu import normalize
 from pretrain.views.plan import crop_boxes, in_places
 from pretrain.views.prepare import Inputs, prepare
 
@@ -65,7 +67,9 @@ def test_each_task_sees_its_own_patches_of_the_same_views_in_a_pass_of_its_own(s
     assert len(one) == 1
     assert len(many) == 5
     whole, *single = many
-    assert torch.equal(whole.images, whole.whole if whole.whole is not None else whole.images)
+    mean, std = apart.normalization.mean, apart.normalization.std
+    clean = split_patches(normalize(one[0].clean, mean, std), apart.model.patch_px)
+    assert torch.equal(split_patches(whole.images, apart.model.patch_px), clean)
     names = {
         "colorization": "colorization",
         "inpainting": "inpainting",
@@ -78,6 +82,12 @@ def test_each_task_sees_its_own_patches_of_the_same_views_in_a_pass_of_its_own(s
             index = getattr(group.plan.patches, names[other])
             expected = getattr(one[0].plan.patches, names[other])
             assert torch.equal(index, expected if other == task else expected[:, :0])
+        shown = split_patches(group.images, apart.model.patch_px)
+        touched = (shown != clean).flatten(2).any(dim=2)
+        own = getattr(group.plan.patches, names[task]).flatten(1)
+        assert not (touched & ~torch.zeros_like(touched).scatter(1, own, True)).any()
+        if task != "inpainting":  # whose patches a learned token replaces in the backbone
+            assert touched.any(dim=1).all()
 
 
 def test_every_pass_teaches_and_image_level_tasks_learn_as_if_alone() -> None:
