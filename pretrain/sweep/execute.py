@@ -15,7 +15,7 @@ from typing import Any
 
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
 from pretrain.sweep.processes import CommandError, Processes, StoppedError, only_one
-from pretrain.sweep.record import about_run, metric_records, take_over, write_records
+from pretrain.sweep.record import about_run, has_record, metric_records, take_over, write_records
 from pretrain.sweep.runs import (
     COST,
     DONE,
@@ -356,6 +356,8 @@ def describe(sweep: Sweep) -> str:
         )
         if state == "done" and not is_done(run):
             state = "lacks a read-out"
+        if state == "to run" and has_record(sweep, run):
+            state = "has a record"
         lines.append(f"{number:4d}  {run.name.ljust(width)}  {length}, {state}")
     lines.append(f"{len(runs)} runs into {sweep.folder}")
     lines.append(f"the first: pretrain {shlex.join(train_command(sweep, runs[0]))}")

@@ -168,7 +168,7 @@ def write_records(sweep: Sweep, runs: Sequence[Run]) -> None:
     for run in runs:
         done = read_json(run.folder / DONE) if is_done(run) else None
         if done is not None and "date" not in done:  # which one that was taken over has
-            _write(folder / run.variant / f"seed-{run.seed}.json", _as_text(record_of(sweep, run, done)))
+            _write(_path_of(sweep.results, sweep, run), _as_text(record_of(sweep, run, done)))
 
 
 def take_over(sweep: Sweep, runs: Sequence[Run]) -> None:
@@ -180,11 +180,11 @@ def take_over(sweep: Sweep, runs: Sequence[Run]) -> None:
         return
     taken = []
     for run in runs:
-        path = sweep.results / sweep.path.stem / run.variant / f"seed-{run.seed}.json"
+        path = _path_of(sweep.results, sweep, run)
         if (run.folder / PROGRESS).exists() or is_done(run):
             continue
         known = read_json(run.folder / DONE)  # a record as well: what runs here has its progress beside it
-        record = read_json(path, f"remove {path} to run it again")
+        record = _read_record(path)
         if record is None or record == known:
             continue
         if record.get("config_hash") != run.config_hash:
@@ -200,11 +200,7 @@ def take_over(sweep: Sweep, runs: Sequence[Run]) -> None:
         if is_done(run):
             taken.append(run.name)
         else:
-            lacking = [
-                one.name
-                for one in run.read_outs
-                if record["read_outs"].get(one.name, {}).get("asked") != asked(run, one)
-            ]
+            lacking = _lacking(record, run)
             logger.warning(
                 "%s: has no read-out %s as the study asks for it; for that %s is run again, and replaces it "
                 "(--skip does without a read-out)",
@@ -214,6 +210,28 @@ def take_over(sweep: Sweep, runs: Sequence[Run]) -> None:
             )
     if taken:
         logger.info("%d runs taken over from %s", len(taken), sweep.results / sweep.path.stem)
+
+
+def has_record(sweep: Sweep, run: Run) -> bool:
+    """Whether `take_over` would let a record take the place of this run."""
+    if sweep.results is None:
+        return False
+    record = _read_record(_path_of(sweep.results, sweep, run))
+    return record is not None and record.get("config_hash") == run.config_hash and not _lacking(record, run)
+
+
+def _path_of(results: Path, sweep: Sweep, run: Run) -> Path:
+    return results / sweep.path.stem / run.variant / f"seed-{run.seed}.json"
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    return read_json(path, f"remove {path} to run it again")
+
+
+def _lacking(record: Mapping[str, Any], run: Run) -> list[str]:
+    """Read-outs that a record does not have as the study asks for them."""
+    found = record["read_outs"]
+    return [one.name for one in run.read_outs if found.get(one.name, {}).get("asked") != asked(run, one)]
 
 
 def _costs(sweep: Sweep) -> dict[str, Any]:

@@ -80,12 +80,18 @@ def test_a_read_out_may_be_left_for_later(
     assert "--skip kn: the study has no such read-out; did you mean 'knn'?" in capsys.readouterr().err
 
 
-def test_a_run_that_has_a_record_is_not_run_again_elsewhere(calls: Path, tmp_path: Path) -> None:
+def test_a_run_that_has_a_record_is_not_run_again_elsewhere(
+    calls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_study(tmp_path, ONE_SEED)
     assert sweep("--index", 0) == 0
     kept, text = Path("kept/study/both/seed-0.json"), calls.read_text()
     before = kept.read_text()
     shutil.rmtree("out")
+    capsys.readouterr()
+    assert sweep("--dry-run") == 0
+    states = [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines()[:2]]
+    assert states == ["has a record", "to run"]
     assert sweep() == 0
     more = calls.read_text().removeprefix(text)
     assert "tasks.contrastive=null" in more
