@@ -167,8 +167,12 @@ def write_records(sweep: Sweep, runs: Sequence[Run]) -> None:
         _write(folder / COST, _as_text(portable(costs)))
     for run in runs:
         done = read_json(run.folder / DONE) if is_done(run) else None
-        if done is not None and "date" not in done:  # which one that was taken over has
-            _write(_path_of(sweep.results, sweep, run), _as_text(record_of(sweep, run, done)))
+        if done is None or "date" in done:  # which one that was taken over has
+            continue
+        path = _path_of(sweep.results, sweep, run)
+        kept = _read_record(path)
+        if kept is None or not _says_more(kept, run, done):
+            _write(path, _as_text(record_of(sweep, run, done)))
 
 
 def take_over(sweep: Sweep, runs: Sequence[Run]) -> None:
@@ -232,6 +236,12 @@ def _lacking(record: Mapping[str, Any], run: Run) -> list[str]:
     """Read-outs that a record does not have as the study asks for them."""
     found = record["read_outs"]
     return [one.name for one in run.read_outs if found.get(one.name, {}).get("asked") != asked(run, one)]
+
+
+def _says_more(record: Mapping[str, Any], run: Run, done: Mapping[str, Any]) -> bool:
+    """Whether a record of the same run, as of another machine, has read-outs that were skipped here."""
+    is_same = record.get("config_hash") == run.config_hash and not _lacking(record, run)
+    return is_same and set(record["read_outs"]) > set(done["read_outs"])
 
 
 def _costs(sweep: Sweep) -> dict[str, Any]:

@@ -267,6 +267,23 @@ def test_a_record_that_lacks_a_read_out_is_replaced_with_a_word_and_a_fuller_one
     assert set(record("both")["read_outs"]) == {"knn"}
 
 
+def test_a_run_without_a_read_out_does_not_replace_a_record_that_has_it(calls: Path, tmp_path: Path) -> None:
+    write_study(tmp_path, ONE_SEED)
+    assert sweep() == 0
+    kept = Path("kept/study/both/seed-0.json")
+    full = kept.read_text()
+    for folder in ("out", "kept"):
+        shutil.rmtree(folder)
+    assert sweep("--skip", "knn") == 0
+    assert record("both")["read_outs"] == {}
+    kept.write_text(full)  # of another machine
+    assert sweep("--skip", "knn", "--table-only") == 0
+    assert kept.read_text() == full
+    assert sweep() == 0  # with all of its read-outs the own run counts
+    assert kept.read_text() != full
+    assert set(record("both")["read_outs"]) == {"knn"}
+
+
 def test_a_record_of_other_settings_or_of_none_is_told(
     calls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
