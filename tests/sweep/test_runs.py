@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from pretrain.sweep.runs import (
     refuse_changed,
     scaled_schedule,
     write_json,
+    write_text,
 )
 
 
@@ -246,3 +248,12 @@ def test_only_lengths_grow_with_a_schedule(kind: str, tmp_path: Path) -> None:
         "schedule.warmup_epochs=1.5",
         "schedule.length_epochs=45.0",
     )
+
+
+def test_sweeps_side_by_side_write_one_file_each_whole(tmp_path: Path) -> None:
+    """Which one writes last is all that is left to chance: a file on the way is never another one's."""
+    texts = [str(number) * 50_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: write_text(tmp_path / "a.json", text), 20 * texts))
+    assert (tmp_path / "a.json").read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
