@@ -187,9 +187,9 @@ def take_over(sweep: Sweep, runs: Sequence[Run]) -> None:
         path = _path_of(sweep.results, sweep, run)
         if (run.folder / PROGRESS).exists() or is_done(run):
             continue
-        known = read_json(run.folder / DONE)  # a record as well: what runs here has its progress beside it
+        known = read_json(run.folder / DONE)
         record = _read_record(path)
-        if record is None or record == known:
+        if record is None or record == known or (known is not None and "date" not in known):  # ran here
             continue
         if record.get("config_hash") != run.config_hash:
             found = differences(record.get("config", {}), portable(run.settings))
