@@ -427,7 +427,7 @@ def _origin(about: Mapping[str, Any]) -> str:
     return (
         f"Run `{about['run']}`: step {about['step']}, seed {about['seed']}, commit {commit}. "
         f"Images of {about['source']}: {images}.\n\n"
-        f"```sh\n# needs the data of the run\n{commands}\n```"
+        f"```sh\n# needs some hours: the run that it draws\n{commands}\n```"
     )
 
 
