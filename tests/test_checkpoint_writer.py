@@ -535,9 +535,16 @@ KILLER = """
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         litter = any(name.startswith(".") for name in names_in(run))
-        writer = CheckpointWriter(run, CheckpointConfig(), "")
-        write(writer, 2_000, 1_000)
-        print(json.dumps({"litter": litter}), flush=True)
+        successor = os.fork()  # or this process would have threads, with which it must not fork again
+        if successor == 0:
+            try:
+                writer = CheckpointWriter(run, CheckpointConfig(), "")
+                write(writer, 2_000, 1_000)
+                print(json.dumps({"litter": litter}), flush=True)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(successor, 0)[1] == 0
 """
 
 
