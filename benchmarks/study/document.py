@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from study import compare, figures
 from study.compare import Difference, difference
-from study.records import Results
+from study.records import Results, flops_per_image
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).with_name("study.md.j2")
@@ -27,7 +27,7 @@ NOT_MEASURED = "not measured"
 
 Pair = tuple[str, str]
 ALT_TEXTS = {
-    "compute": "Read-outs over training time: runs, and mean with spread of each variant",
+    "compute": "Read-outs over the FLOPs of training: runs, and mean with spread of each variant",
     "weights": "Weight of each task's loss over training, every seed",
     "conflict": "Mean cosine between the gradients of every two tasks",
     "conflict-time": "Cosine between the contrastive gradient and that of each other task over training",
@@ -295,26 +295,27 @@ class Document:
         return self.column_differences(study, [(one.name, one.untrained) for one in columns if one.untrained])
 
     def step_costs(self, study: str, beside: str = figures.CONTRASTIVE) -> str:
-        """What a step of each variant takes, also relative to one: FLOPs where these made lengths equal, else
-        seconds, as measured beforehand or in its runs."""
-        results, unit = self.results[study], "seconds of a step"
-        counted = {
-            name: cost["flops_per_image"] for name, cost in results.costs.items() if "flops_per_image" in cost
-        }
-        found = {
-            name: [cost["seconds_per_step"]] for name, cost in results.costs.items() if name not in counted
-        }
-        if counted:
-            unit, found = "training MFLOP an image", {name: [flops / 1e6] for name, flops in counted.items()}
-        elif not found:
-            found = {name: list(results.values(name, "seconds_per_step").values()) for name in results.runs}
-        base = statistics.fmean(found[beside]) if beside in found else None
-        heads = ["variant", unit, *([f"relative to {beside}"] if base else [])]
-        rows = [
-            [name, _spread(values), *([f"{statistics.fmean(values) / base:.2f}"] if base else [])]
-            for name, values in found.items()
-        ]
-        return _markdown(heads, rows)
+        """What an image and a step of each variant take in training, also relative to one.
+
+        Seconds are those that were given or measured beforehand; else those of the fastest run, since others may
+        have had to share the machine.
+        """
+        results = self.results[study]
+        flops = {name: flops_per_image(by_seed[min(by_seed)]["config"]) for name, by_seed in results.runs.items()}
+        seconds = {
+            name: cost["seconds_per_step"] for name, cost in results.costs.items() if "seconds_per_step" in cost
+        } or {name: min(results.values(name, "seconds_per_step").values()) for name in results.runs}
+        heads, columns = ["variant"], []
+        for unit, found, factor in (("MFLOP an image", flops, 1e-6), ("seconds of a step", seconds, 1.0)):
+            heads += [unit, *([f"relative to {beside}"] if beside in found else [])]
+            columns.append(
+                {
+                    name: [f"{factor * value:.4g}", *([f"{value / found[beside]:.2f}"] if beside in found else [])]
+                    for name, value in found.items()
+                }
+            )
+        names = [name for name in flops if all(name in column for column in columns)]
+        return _markdown(heads, [[name, *itertools.chain(*(one[name] for one in columns))] for name in names])
 
     def weights(self, study: str, variant: str = figures.ALL) -> str:
         """The weight of each task's loss at the end of training."""

@@ -19,6 +19,7 @@ MARKERS = "osD^vPX*<>"
 WIDTH = 8.0  # inches
 NUM_PANELS = 3  # in a row
 LEGEND_COLUMNS = 3
+FLOPS_UNITS = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9))
 STYLE = {
     "svg.hashsalt": "study",
     "font.size": 9.0,
@@ -38,32 +39,26 @@ def columns_of(results: Results) -> list[str]:
 
 
 def compute(results: Results) -> Figure | None:
-    """Accuracy over training time: every run, and the mean of each variant with its spread."""
+    """Accuracy over the FLOPs of training: every run, and the mean of each variant with its spread."""
     columns = columns_of(results)
     if not columns:
         return None
-    longest = max(max(results.values(name, "train_seconds").values()) for name in results.runs)
-    unit, seconds = next(
-        (unit, seconds)
-        for unit, seconds in (("h", 3600), ("min", 60), ("s", 1))
-        if longest >= 2 * seconds or seconds == 1
-    )
+    most = max(max(results.values(name, "train_flops").values()) for name in results.runs)
+    unit, flops = next((unit, flops) for unit, flops in FLOPS_UNITS if most >= 2 * flops or flops == 1e9)
     figure, axes = _panels(len(columns), height=2.6, below=0.2 * (len(results.runs) // LEGEND_COLUMNS + 1))
     for axis, column in zip(axes, columns, strict=True):
         for place, variant in enumerate(results.runs):
             values = results.values(variant, column)
             if not values:
                 continue
-            times = [results.values(variant, "train_seconds")[seed] / seconds for seed in values]
+            spent = [results.values(variant, "train_flops")[seed] / flops for seed in values]
             style = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
             found = list(values.values())
-            axis.plot(times, found, linestyle="", markersize=3, alpha=0.4, **style)
-            spread = [statistics.stdev(one) if len(one) > 1 else 0.0 for one in (times, found)]
-            middle = statistics.fmean(times), statistics.fmean(found)
+            axis.plot(spent, found, linestyle="", markersize=3, alpha=0.4, **style)
             axis.errorbar(
-                *middle,
-                xerr=spread[0],
-                yerr=spread[1],
+                statistics.fmean(spent),
+                statistics.fmean(found),
+                yerr=statistics.stdev(found) if len(found) > 1 else 0.0,
                 markersize=6,
                 capsize=2,
                 label=variant,
@@ -74,7 +69,7 @@ def compute(results: Results) -> Figure | None:
         if untrained is not None:
             axis.axhline(untrained, color="#777777", linestyle="--", linewidth=1, label="untrained")
         axis.set_title(column)
-        axis.set_xlabel(f"training time ({unit})")
+        axis.set_xlabel(f"training compute ({unit})")
         axis.set_ylabel("%")
         axis.set_xlim(left=0)
     _legend_below(figure, axes)

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
+from pretrain.plan.backbone import encoder_of
+from pretrain.plan.flops import flops_of, site_of
 from pretrain.sweep.runs import differences, read_json, told_in_short
 from pretrain.sweep.study import ReadOut, Study, load_study
 
-OWN = ("steps", "images", "train_seconds", "seconds_per_step")  # columns that every run has
+OWN = ("steps", "images", "train_seconds", "seconds_per_step", "train_flops")  # columns that every run has
+
+WEIGHTS_SEED = "--weights-seed"  # of fresh weights: trained ones have none
 
 Record = Mapping[str, Any]
 
@@ -61,6 +65,8 @@ class Results:
     def _value(self, record: Record, name: str) -> float | None:
         if name == "seconds_per_step":
             return record["train_seconds"] / record["steps"] if record["steps"] else None
+        if name == "train_flops":
+            return record["images"] * flops_per_image(record["config"])
         if name in OWN:
             return record[name]
         column = self.columns.get(name)
@@ -148,6 +154,12 @@ def _refuse_mixed(folder: Path, study: Study, runs: Mapping[str, Mapping[int, Re
                 )
 
 
+def flops_per_image(config: Mapping[str, Any]) -> float:
+    """Training FLOPs of a run for each image, counted from its config as `pretrain plan` does."""
+    encoder = encoder_of(config)
+    return flops_of(config, encoder, site_of(config, encoder, world_size=1, num_samples=0)).train
+
+
 def _is_of(asked: Mapping[str, Any], read_out: ReadOut, seed: int) -> bool:
     """Whether a result is of the read-out as the study has it now. A set that the study leaves to the run
     is that of its training."""
@@ -160,7 +172,11 @@ def _is_of(asked: Mapping[str, Any], read_out: ReadOut, seed: int) -> bool:
 
 def _asks(read_out: ReadOut) -> tuple[object, ...]:
     """What it measures, whatever the weights."""
-    return read_out.kind, read_out.args, read_out.train, read_out.test, read_out.data
+    args = list(map(str, read_out.args))
+    if WEIGHTS_SEED in args:
+        place = args.index(WEIGHTS_SEED)
+        del args[place : place + 2]
+    return read_out.kind, tuple(args), read_out.train, read_out.test, read_out.data
 
 
 def _columns(study: Study) -> dict[str, Column]:

@@ -89,6 +89,17 @@ def _add_reading(parser: argparse.ArgumentParser, several: bool = False) -> None
         help=f"default: that of the run's tasks; {', '.join(PROTOCOLS)}",
     )
     parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="to encode")
+    _add_weights_seed(parser)
+
+
+def _add_weights_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights-seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of the fresh weights that untrained:NAME draws (default: 0)",
+    )
 
 
 def _add_colours(parser: argparse.ArgumentParser) -> None:
@@ -279,6 +290,7 @@ def _add_dense(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=positive, default=10, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the head and what is held out")
+    _add_weights_seed(parser)
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images, to encode")
     parser.add_argument(
         "--network", choices=("teacher", "student"), help="of a run (default: teacher if any)"

@@ -40,7 +40,8 @@ def _say_nothing(line: str) -> None:
 def config_from(arguments: argparse.Namespace) -> EvaluateConfig:
     """What a kind of evaluation has no flag for keeps its default."""
     given = vars(arguments)
-    fields = {"feature", "protocol", "network", "device", "out", "normalization_of_data"} & given.keys()
+    names = {"feature", "protocol", "network", "weights_seed", "device", "out", "normalization_of_data"}
+    fields = names & given.keys()
     settings = {name: given[name] for name in fields}
     for name in ("mean", "std"):
         settings[name] = tuple(given[name]) if given.get(name) else None

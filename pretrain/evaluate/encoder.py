@@ -175,7 +175,7 @@ def open_encoder(
 
 
 def _open_export(folder: Path, trained: bool, seed: int) -> Encoder:
-    origin: dict[str, Any] = {"kind": "export" if trained else "untrained"}
+    origin: dict[str, Any] = {"kind": "export"} if trained else untrained_from(seed)
     notes = json.loads((folder / "config.json").read_text()).get("pretrain") or {}  # of our own exports
     report = folder / "export_report.json"
     if trained and report.is_file():  # other people's timm folders have none
@@ -215,10 +215,15 @@ def _open_run(folder: Path, network: WeightsName | None, trained: bool, seed: in
         mean=source.mean,
         std=source.std,
         token_width=source.embed_dim,
-        origin=origin if trained else {"kind": "untrained"},
+        origin=origin if trained else untrained_from(seed),
         layout=_layout(model, source.registers),
         tasks=source.tasks,
     )
+
+
+def untrained_from(seed: int) -> dict[str, Any]:
+    """What a result says of fresh weights."""
+    return {"kind": "untrained", "seed": seed}
 
 
 def data_of(checkpoint: Path) -> dict[str, Any] | None:
@@ -237,7 +242,7 @@ def data_of(checkpoint: Path) -> dict[str, Any] | None:
 
 def _open_timm(name: str, trained: bool, seed: int) -> Encoder:
     if not trained:
-        return _from_timm(lambda: timm.create_model(name, num_classes=0), {"kind": "untrained"}, seed)
+        return _from_timm(lambda: timm.create_model(name, num_classes=0), untrained_from(seed), seed)
     overlay = {"file": str(_cached_file(name)), "custom_load": False}
     return _from_timm(
         lambda: timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay),

@@ -77,7 +77,7 @@ def take_features(
         results_folder(weights, config.out)  # a wrong place is told before the work
     check_colours(config)
     splits = open_splits(train, test)
-    encoder = open_encoder(weights, config.feature, config.network)
+    encoder = open_encoder(weights, config.feature, config.network, config.weights_seed)
     protocol = protocol_for(encoder, config.protocol)
     if config.feature is None or encoder.feature == "pixels":
         encoder = encoder.reading(protocol.knn if for_knn_only else protocol.linear)

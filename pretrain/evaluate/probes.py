@@ -96,7 +96,7 @@ def run_probes(
         "test": rows_of(splits["test"], request.num_test, "--num-test"),
     }
     shares = _shares(splits["train"].labels()[rows["train"]], request)
-    encoder = open_encoder(weights, None, config.network)
+    encoder = open_encoder(weights, None, config.network, config.weights_seed)
     protocol = protocol_for(encoder, config.protocol)
     encoder = encoder.reading_all(_features(request, protocol, encoder))
     accelerator = Accelerator(cpu=config.device == "cpu")

@@ -29,6 +29,7 @@ class EvaluateConfig:
 
     feature: FeatureName | None = None  # None: that of the protocol
     network: WeightsName | None = None  # of a run; None: the teacher where there is one
+    weights_seed: int = 0  # of the fresh weights that `untrained:` draws
     batch_size: int = 256  # images per process
     device: str | None = None  # "cpu", or None for what the machine has
     save: bool = False  # write <out>/eval/<method>.json

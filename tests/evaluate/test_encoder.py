@@ -78,7 +78,11 @@ def test_untrained_means_the_same_architecture_and_always_the_same_fresh_weights
     assert torch.equal(fresh[0].encode(IMAGES), fresh[1].encode(IMAGES))
     assert not torch.allclose(fresh[0].encode(IMAGES), trained.encode(IMAGES), atol=0.1)
     assert (fresh[0].num_features, fresh[0].mean) == (trained.num_features, trained.mean)
-    assert open_encoder(f"untrained:{run}").describe()["kind"] == "untrained"
+    others = [open_encoder(f"untrained:{weights}", seed=1) for weights in (run.parent / "export", run)]
+    assert torch.equal(others[0].encode(IMAGES), others[1].encode(IMAGES))
+    assert not torch.allclose(fresh[0].encode(IMAGES), others[0].encode(IMAGES), atol=0.1)
+    for encoder in others:
+        assert {"kind": "untrained", "seed": 1}.items() <= encoder.describe().items()
 
 
 def test_pixels_are_a_flattened_small_image() -> None:

@@ -229,6 +229,21 @@ def test_the_command_keeps_its_result_and_shows_a_table(
     assert "1.5: a share is above 0 and at most 1" in capsys.readouterr().err
 
 
+def test_fresh_weights_are_drawn_from_their_own_seed(place: Path, tmp_path: Path) -> None:
+    data = ["--train", f"{place / 'data'}:train", "--test", f"{place / 'data'}:test"]
+    settings = ["--features", "mean_patch", "--fractions", "1", "--epochs", "2", "--device", "cpu"]
+    found = {}
+    for name, seed in (("none", []), ("zero", ["--weights-seed", "0"]), ("one", ["--weights-seed", "1"])):
+        out = tmp_path / name
+        weights = f"untrained:{place / 'run'}"
+        assert main(["evaluate", "probes", weights, *data, *settings, *seed, "--out", str(out)]) == 0
+        found[name] = json.loads((out / "eval" / "probes.json").read_text())
+    assert [one["encoder"]["seed"] for one in found.values()] == [0, 0, 1]
+    linear = {name: one["mean_patch"]["linear"] for name, one in found.items()}
+    assert linear["none"] == linear["zero"]
+    assert linear["one"] != linear["zero"]
+
+
 def test_lossless_copies_of_real_test_images_are_paired_with_them(tmp_path: Path) -> None:
     """Nearly all predictions agree. Half of the test set serves to learn from."""
     shards = sorted(real_data("cifar10").glob("*test*.tar.gz"))

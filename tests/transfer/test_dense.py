@@ -175,7 +175,10 @@ def test_untrained_tokens_tell_colours_and_the_same_seed_gives_the_same_bits(
     }
     # every labelled pixel of the test split counts once, at the masks' own size: the first row is void
     assert one["num_pixels"] == np.sum(one["confusion"]) == 3 * 31 * 48
-    assert one["encoder"]["kind"] == "untrained"
+    assert {"kind": "untrained", "seed": 0}.items() <= one["encoder"].items()
+    fresh = ["--weights-seed", 1, "--out", tmp_path / "three"]
+    assert evaluate(f"untrained:{weights}", *settings, *fresh) == 0
+    assert result_of(tmp_path / "three")["confusion"] != one["confusion"]
     assert (one["size_px"], one["num_train_patches"], one["num_held_out"]) == ([96, 144], 8 * 12 * 18, 1)
     told = capsys.readouterr().out
     assert f"{100 * one['miou_ratio']:.2f}   mAcc" in told

@@ -62,6 +62,7 @@ class DenseRequest:
     size_px: Size | None = None  # height and width; None: of the shape of the images, 32 patches long
     num_epochs: int = PROBE.num_epochs
     seed: int = 0
+    weights_seed: int = 0  # of the fresh weights that `untrained:` draws
     batch_size: int = 8  # images that are encoded at once
     network: WeightsName | None = None  # of a run
     out: Path | None = None  # None: the folder of the weights
@@ -79,6 +80,7 @@ class DenseRequest:
             size_px=(arguments.size_px[0], arguments.size_px[1]) if arguments.size_px else None,
             num_epochs=arguments.epochs,
             seed=arguments.seed,
+            weights_seed=arguments.weights_seed,
             batch_size=arguments.batch_size,
             network=arguments.network,
             out=arguments.out,
@@ -122,7 +124,7 @@ def run_dense(request: DenseRequest) -> dict[str, Any]:
     accelerator = Accelerator(cpu=request.device == "cpu")
     if accelerator.num_processes > 1:
         raise UserError("evaluate dense: runs in one process; start it without a launcher")
-    network = backbone(request.weights, "map", network=request.network)
+    network = backbone(request.weights, "map", network=request.network, seed=request.weights_seed)
     network.eval().requires_grad_(False)
     stride_px = int(network.strides[-1])
     labels, splits = check_request(request, stride_px)
