@@ -29,6 +29,7 @@ Pair = tuple[str, str]
 ALT_TEXTS = {
     "compute": "Read-outs over the FLOPs of training: runs, and mean with spread of each variant",
     "weights": "Weight of each task's loss over training, every seed",
+    "differences": "Differences of variants on every read-out, with intervals, and who wins by the rule",
     "conflict": "Mean cosine between the gradients of every two tasks",
     "conflict-time": "Cosine between the contrastive gradient and that of each other task over training",
     "read-outs": "Every read-out of every variant: seeds, mean and spread",
@@ -51,10 +52,10 @@ class Document:
 
     def functions(self) -> dict[str, Callable[..., Any]]:
         names = (
-            "measured", "not_measured", "pending", "table", "value", "difference", "verdict", "comparisons",
-            "versus", "summary", "column_differences", "above_untrained", "own_measures", "step_costs",
-            "cost", "costs", "setting", "setup", "commit", "commands", "seeds", "num_seeds", "hardware",
-            "figure", "conflict", "pictures", "weights",
+            "measured", "not_measured", "pending", "table", "value", "difference", "verdict", "says",
+            "comparisons", "versus", "summary", "column_differences", "above_untrained", "own_measures",
+            "step_costs", "cost", "costs", "setting", "setup", "commit", "commands", "seeds", "num_seeds",
+            "hardware", "figure", "conflict", "pictures", "weights",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -277,6 +278,21 @@ class Document:
             rows.append([words, f"`{study}`", *names, few if found else NOT_MEASURED])
         return _markdown(["question", "study", "yes", "the opposite", "no difference shown", ""], rows)
 
+    def says(
+        self, study: str, a: str, b: str, *, wins: Sequence[str] = (), loses: Sequence[str] = ()
+    ) -> bool:
+        """Whether the rule gives just these verdicts, so that a sentence may stand."""
+        if not self.measured(study, a, b):
+            return False
+        given = {
+            column: self.verdict(study, a, b, column)
+            for column in self._columns(study, None, of_features=True)
+            if self._difference(study, a, b, column)
+        }
+        wanted = {column: "wins" if column in wins else "no difference shown" for column in given}
+        wanted |= dict.fromkeys(loses, "loses")
+        return bool(given) and given == wanted and set(wins) <= set(given)
+
     def column_differences(self, study: str, pairs: Sequence[Pair]) -> str:
         """Two read-outs of the same runs against each other, in points; '' where no run has both."""
         results = self.results[study]
@@ -297,25 +313,25 @@ class Document:
     def step_costs(self, study: str, beside: str = figures.CONTRASTIVE) -> str:
         """What an image and a step of each variant take in training, also relative to one.
 
-        Seconds are those that were given or measured beforehand; else those of the fastest run, since others may
-        have had to share the machine.
+        Seconds are those that were given or measured beforehand; else those of the fastest run, since others
+        may have had to share the machine.
         """
         results = self.results[study]
-        flops = {name: flops_per_image(by_seed[min(by_seed)]["config"]) for name, by_seed in results.runs.items()}
-        seconds = {
-            name: cost["seconds_per_step"] for name, cost in results.costs.items() if "seconds_per_step" in cost
-        } or {name: min(results.values(name, "seconds_per_step").values()) for name in results.runs}
-        heads, columns = ["variant"], []
-        for unit, found, factor in (("MFLOP an image", flops, 1e-6), ("seconds of a step", seconds, 1.0)):
-            heads += [unit, *([f"relative to {beside}"] if beside in found else [])]
-            columns.append(
-                {
-                    name: [f"{factor * value:.4g}", *([f"{value / found[beside]:.2f}"] if beside in found else [])]
-                    for name, value in found.items()
-                }
-            )
-        names = [name for name in flops if all(name in column for column in columns)]
-        return _markdown(heads, [[name, *itertools.chain(*(one[name] for one in columns))] for name in names])
+        flops, seconds = {}, {}
+        for name, by_seed in results.runs.items():
+            flops[name] = flops_per_image(next(iter(by_seed.values()))["config"]) / 1e6
+            known = results.costs.get(name, {}).get("seconds_per_step")
+            seconds[name] = known or min(results.values(name, "seconds_per_step").values())
+        relative = [f"relative to {beside}"] if beside in results.runs else []
+        rows = []
+        for name in results.runs:
+            row = [name]
+            for found in (flops, seconds):
+                row.append(f"{found[name]:.4g}")
+                row += [f"{found[name] / found[beside]:.2f}"] if relative else []
+            rows.append(row)
+        heads = ["variant", "MFLOP an image", *relative, "seconds of a step", *relative]
+        return _markdown(heads, rows)
 
     def weights(self, study: str, variant: str = figures.ALL) -> str:
         """The weight of each task's loss at the end of training."""
@@ -461,7 +477,13 @@ def _told(found: Difference | None) -> str:
 
 
 def _told_with_verdict(found: Difference | None) -> str:
-    return EMPTY if found is None else f"{_told(found)}: **{found.verdict}**"
+    """With the interval, in bold where the rule has a winner; the number of seeds where it has too few."""
+    if found is None:
+        return EMPTY
+    if found.verdict == "too few seeds":
+        return f"{found.mean:+.2f} (n = {found.n})"
+    clear = "" if found.verdict == "no difference shown" else f" **{found.verdict}**"
+    return f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}){clear}"
 
 
 def _duration(hours: float) -> str:

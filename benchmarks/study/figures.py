@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from study.compare import Verdict, difference
 from study.records import Results
 
 # Okabe and Ito's colours, which people tell apart whatever colours they see, without the yellow
@@ -30,6 +32,7 @@ STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
 }
+VERDICT_STYLES: Mapping[Verdict, tuple[str, str]] = {"wins": (COLORS[2], "^"), "loses": (COLORS[1], "v")}
 ALL = "all"  # the variant with all tasks
 CONTRASTIVE = "contrastive"
 
@@ -125,10 +128,12 @@ def _over_time(
 
 
 def mean_curve(curves: Sequence[Mapping[str, list[float]]]) -> tuple[list[float], list[float]]:
-    """At the steps that all curves have."""
-    points = [dict(zip(curve["steps"], curve["values"], strict=True)) for curve in curves]
-    steps = [step for step in points[0] if all(step in one for one in points)]
-    return steps, [statistics.fmean(one[step] for one in points) for step in steps]
+    """At the steps of the longest curve that all reach; of a straight line only the ends are kept."""
+    first, last = max(one["steps"][0] for one in curves), min(one["steps"][-1] for one in curves)
+    longest = max(curves, key=lambda one: len(one["steps"]))["steps"]
+    steps = [step for step in longest if first <= step <= last]
+    values = [np.interp(steps, one["steps"], one["values"]) for one in curves]
+    return steps, np.mean(values, axis=0).tolist() if steps else []
 
 
 def cosines(results: Results, variant: str = ALL) -> dict[tuple[str, str], list[float]]:
@@ -207,8 +212,51 @@ def read_outs(results: Results) -> Figure | None:
     return figure
 
 
+def pairs(results: Results) -> list[tuple[str, str]]:
+    """All tasks against every other variant, and the contrastive task with a helper against it alone."""
+    variants = list(results.runs)
+    against_all = [(ALL, name) for name in variants if name != ALL and "+" not in name]
+    helped = [(name, CONTRASTIVE) for name in variants if name.startswith(f"{CONTRASTIVE}+")]
+    return [pair for pair in against_all + helped if all(name in variants for name in pair)]
+
+
+def differences(results: Results) -> Figure | None:
+    """Paired differences in points with their intervals, and which of them the rule calls a win or a loss."""
+    columns = columns_of(results)
+    found = {
+        pair: {column: difference(*(results.values(name, column) for name in pair)) for column in columns}
+        for pair in pairs(results)
+    }
+    found = {
+        pair: told
+        for pair, told in found.items()
+        if any(one and one.low is not None for one in told.values())
+    }
+    if not found:
+        return None
+    names = [f"{first} against {second}" for first, second in found]
+    figure, axes = _panels(len(columns), height=0.9 + 0.22 * len(names), below=0.3, share_y=True)
+    for axis, column in zip(axes, columns, strict=True):
+        for place, told in enumerate(found.values()):
+            one = told[column]
+            if one is None or one.low is None or one.high is None:
+                continue
+            color, marker = VERDICT_STYLES.get(one.verdict, ("#777777", "o"))
+            label = one.verdict if one.verdict in VERDICT_STYLES else "no difference shown"
+            axis.plot([one.low, one.high], [place, place], color=color, linewidth=1.5)
+            axis.plot(one.mean, place, linestyle="", color=color, marker=marker, markersize=5, label=label)
+        axis.axvline(0, color="#777777", linestyle="--", linewidth=1)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.set_title(column)
+        axis.set_xlabel("points")
+    _legend_below(figure, axes)
+    return figure
+
+
 FIGURES = {
     "compute": compute,
+    "differences": differences,
     "weights": weights,
     "conflict": conflict,
     "conflict-time": conflict_over_time,

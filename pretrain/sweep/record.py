@@ -111,7 +111,8 @@ def portable(value: Any, here: Path | None = None) -> Any:
 def command_of(sweep: Sweep) -> str:
     """What was typed, but for where its output went."""
     ranks = [] if sweep.num_processes is None else ["--nproc", str(sweep.num_processes)]
-    return shlex.join(portable(["pretrain", "sweep", str(sweep.path), *sweep.overrides, *ranks]))
+    skipped = [word for name in sweep.skip for word in ("--skip", name)]
+    return shlex.join(portable(["pretrain", "sweep", str(sweep.path), *sweep.overrides, *skipped, *ranks]))
 
 
 def record_of(sweep: Sweep, run: Run, done: Mapping[str, Any]) -> dict[str, Any]:

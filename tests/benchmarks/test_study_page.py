@@ -13,6 +13,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,40 @@ def test_headings_and_tables_stand_apart(written: Path) -> None:
             assert not (after.startswith("|") and before and not before.startswith("|")), after
 
 
+def test_a_sentence_stands_only_while_every_verdict_is_as_it_says(
+    results: dict[str, Results], document: Document, tmp_path: Path
+) -> None:
+    assert document.says("core_cpu", "all", "contrastive")  # no difference shown, on any
+    assert not document.says("core_cpu", "all", "contrastive", wins=["knn"])
+    assert not document.says("core_cpu_compute", "all", "contrastive")  # too few seeds
+    assert not document.says("core_cpu", "all", "all-separate")  # which was not run
+    assert not document.says("core_question", "all", "contrastive")
+    shutil.copytree(STORED / "core_cpu", tmp_path / "core_cpu")
+    for path in (tmp_path / "core_cpu" / "all").glob("*.json"):
+        record = json.loads(path.read_text())
+        record["read_outs"]["knn"]["result"]["top1_ratio"] += 0.2
+        path.write_text(json.dumps(record))
+    better = Document(read(tmp_path), tmp_path / "study")
+    assert better.says("core_cpu", "all", "contrastive", wins=["knn"])
+    assert better.says("core_cpu", "contrastive", "all", loses=["knn"])
+    assert not better.says("core_cpu", "all", "contrastive")
+    assert not better.says("core_cpu", "all", "contrastive", wins=["knn", "knn_patches"])
+    assert not better.says("core_cpu", "all", "contrastive", loses=["knn"])
+    row = better.comparisons("core_cpu", [("all", "contrastive")]).splitlines()[-1]
+    assert row.count("**wins**") == 1
+
+
+def test_all_tasks_are_held_against_every_other_variant(results: dict[str, Results]) -> None:
+    variants = ["contrastive", "contrastive+jigsaw", "rotation", "all", "all-fixed"]
+    runs: dict[str, dict[int, Any]] = {name: {} for name in variants}
+    assert figures.pairs(replace(results["core_cpu"], runs=runs)) == [
+        ("all", "contrastive"),
+        ("all", "rotation"),
+        ("all", "all-fixed"),
+        ("contrastive+jigsaw", "contrastive"),
+    ]
+
+
 def test_a_comparison_of_two_seeds_is_no_verdict(document: Document) -> None:
     assert document.num_seeds("core_cpu_compute") == 2
     assert document.verdict("core_cpu_compute", "all", "contrastive", "knn") == "too few seeds"
@@ -212,7 +247,10 @@ def cells(table: str) -> dict[str, list[str]]:
 def test_a_step_costs_what_was_given_beforehand_else_what_the_fastest_run_took(document: Document) -> None:
     # the study of equal compute gives 1.0 and 0.5 s
     given = cells(document.step_costs("core_cpu_compute"))
-    assert {name: row[2:] for name, row in given.items()} == {"all": ["1", "2.00"], "contrastive": ["0.5", "1.00"]}
+    assert {name: row[2:] for name, row in given.items()} == {
+        "all": ["1", "2.00"],
+        "contrastive": ["0.5", "1.00"],
+    }
     measured = {
         name: min(record["train_seconds"] / record["steps"] for record in stored(name))
         for name in ("all", "contrastive")
@@ -317,6 +355,13 @@ def test_code_that_is_in_no_commit_is_told(tmp_path: Path) -> None:
     assert "with changes" in Document(read(tmp_path), tmp_path / "study").commit("core_cpu")
 
 
+def test_the_mean_of_curves_holds_where_a_seed_has_only_the_ends_of_a_straight_line() -> None:
+    straight = {"steps": [2, 10], "values": [1.0, 1.0]}
+    bent = {"steps": [2, 4, 6, 8, 10, 12], "values": [3.0, 5.0, 7.0, 3.0, 1.0, 9.0]}
+    assert figures.mean_curve([straight, bent]) == ([2, 4, 6, 8, 10], [2.0, 3.0, 4.0, 2.0, 1.0])
+    assert figures.mean_curve([bent]) == (bent["steps"], bent["values"])
+
+
 def test_a_conflict_is_the_mean_of_the_second_half_of_every_seed(results: dict[str, Results]) -> None:
     by_hand = []
     for record in stored("all"):
@@ -330,7 +375,7 @@ def test_a_conflict_is_the_mean_of_the_second_half_of_every_seed(results: dict[s
 
 def test_figures_are_drawn_shown_and_the_same_every_time(written: Path, tmp_path: Path) -> None:
     shown = FIGURE.findall(written.read_text())
-    kinds = {"compute", "weights", "conflict", "conflict-time", "read-outs"}
+    kinds = {"compute", "differences", "weights", "conflict", "conflict-time", "read-outs"}
     assert {f"study/core_cpu-{kind}.svg" for kind in kinds} | {"study/core_cpu_compute-compute.svg"} == set(
         shown
     )

@@ -72,9 +72,11 @@ def test_a_read_out_may_be_left_for_later(
     write_study(tmp_path, ONE_SEED)
     assert sweep("--skip", "knn") == 0
     assert record("both")["read_outs"] == {}
+    assert record("both")["command"] == "pretrain sweep study.yaml --skip knn"
     assert "evaluate" not in calls.read_text()
     assert sweep() == 0
     assert record("both")["read_outs"]["knn"]["result"]["top1_ratio"] == 0.5
+    assert record("both")["command"] == "pretrain sweep study.yaml"
     assert calls.read_text().count("train run.yaml") == 2
     assert sweep("--skip", "kn") == 2
     assert "--skip kn: the study has no such read-out; did you mean 'knn'?" in capsys.readouterr().err
