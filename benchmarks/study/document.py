@@ -27,7 +27,7 @@ NOT_MEASURED = "not measured"
 
 Pair = tuple[str, str]
 ALT_TEXTS = {
-    "compute": "Read-outs over the FLOPs of training: runs, and mean with spread of each variant",
+    "compute": "Read-outs over training compute, of both budgets: runs, and mean with spread of variants",
     "weights": "Weight of each task's loss over training, every seed",
     "differences": "Differences of variants on every read-out, with intervals, and who wins by the rule",
     "conflict": "Mean cosine between the gradients of every two tasks",
@@ -387,12 +387,11 @@ class Document:
 
     # pictures
 
-    def figure(self, name: str, study: str) -> str:
-        """Draw it, and link to it; '' where there is nothing to draw."""
-        if study not in self.results:
-            return ""
+    def figure(self, name: str, study: str, *others: str) -> str:
+        """Draw it, and link to it; '' where there is nothing to draw. others: studies in the same figure."""
+        several = [self.results[one] for one in (study, *others) if one in self.results]
         path = self.folder / f"{study}-{name}.svg"
-        if not figures.draw(name, self.results[study], path):
+        if not several or not figures.draw(name, several, path):
             return ""
         self.drawn.append(path)
         return f"![{ALT_TEXTS[name]} ({study})]({self.folder.name}/{path.name})"
@@ -429,7 +428,7 @@ def render(document: Document, template: Path = TEMPLATE) -> str:
         "margin": f"{compare.MARGIN_POINTS:g}",
         "level": f"{100 * compare.LEVEL_RATIO:g} %",
     }
-    told = environment.get_template(template.name).render(**document.functions(), rule=rule)
+    told = environment.get_template(template.name).render(**document.functions(), rule=rule, zip=zip)
     return re.sub(r"\n{3,}", "\n\n", told).rstrip() + "\n"
 
 

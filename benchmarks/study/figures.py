@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,40 +41,42 @@ def columns_of(results: Results) -> list[str]:
     return [name for name, column in results.columns.items() if column.is_of_features and results.has(name)]
 
 
-def compute(results: Results) -> Figure | None:
-    """Accuracy over the FLOPs of training: every run, and the mean of each variant with its spread."""
-    columns = columns_of(results)
+def compute(*several: Results) -> Figure | None:
+    """Accuracy over the FLOPs of training: every run, and the mean of each variant with its spread.
+
+    Of studies with other budgets, whose means of a variant are joined by a line.
+    """
+    columns = list(dict.fromkeys(column for results in several for column in columns_of(results)))
     if not columns:
         return None
-    most = max(max(results.values(name, "train_flops").values()) for name in results.runs)
+    variants = list(dict.fromkeys(name for results in several for name in results.runs))
+    spent = [{name: results.values(name, "train_flops") for name in results.runs} for results in several]
+    most = max(max(by_seed.values()) for one in spent for by_seed in one.values())
     unit, flops = next((unit, flops) for unit, flops in FLOPS_UNITS if most >= 2 * flops or flops == 1e9)
-    figure, axes = _panels(len(columns), height=2.6, below=0.2 * (len(results.runs) // LEGEND_COLUMNS + 1))
+    figure, axes = _panels(len(columns), height=2.6, below=0.2 * (len(variants) // LEGEND_COLUMNS + 1))
     for axis, column in zip(axes, columns, strict=True):
-        for place, variant in enumerate(results.runs):
-            values = results.values(variant, column)
-            if not values:
-                continue
-            spent = [results.values(variant, "train_flops")[seed] / flops for seed in values]
+        for place, variant in enumerate(variants):
             style = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
-            found = list(values.values())
-            axis.plot(spent, found, linestyle="", markersize=3, alpha=0.4, **style)
-            axis.errorbar(
-                statistics.fmean(spent),
-                statistics.fmean(found),
-                yerr=statistics.stdev(found) if len(found) > 1 else 0.0,
-                markersize=6,
-                capsize=2,
-                label=variant,
-                linestyle="",
-                **style,
-            )
-        untrained = results.untrained(column)
+            means = []
+            for results, its_flops in zip(several, spent, strict=True):
+                values = results.values(variant, column)
+                if values:
+                    x = [its_flops[variant][seed] / flops for seed in values]
+                    axis.plot(x, list(values.values()), linestyle="", markersize=3, alpha=0.4, **style)
+                    spread = statistics.stdev(values.values()) if len(values) > 1 else 0.0
+                    means.append((statistics.fmean(x), statistics.fmean(values.values()), spread))
+            if means:
+                x, y, spreads = zip(*sorted(means), strict=True)
+                axis.errorbar(
+                    x, y, yerr=spreads, markersize=6, capsize=2, linewidth=1, label=variant, **style
+                )
+        untrained = next(filter(None, (results.untrained(column) for results in several)), None)
         if untrained is not None:
             axis.axhline(untrained, color="#777777", linestyle="--", linewidth=1, label="untrained")
         axis.set_title(column)
         axis.set_xlabel(f"training compute ({unit})")
         axis.set_ylabel("%")
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.08 * most / flops)
     _legend_below(figure, axes)
     return figure
 
@@ -254,7 +256,7 @@ def differences(results: Results) -> Figure | None:
     return figure
 
 
-FIGURES = {
+FIGURES: Mapping[str, Callable[..., Figure | None]] = {
     "compute": compute,
     "differences": differences,
     "weights": weights,
@@ -284,12 +286,12 @@ def _legend_below(figure: Figure, axes: Sequence[Any]) -> None:
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=LEGEND_COLUMNS)
 
 
-def draw(name: str, results: Results, path: Path) -> bool:
-    """Write a figure, if there is anything to draw."""
+def draw(name: str, several: Sequence[Results], path: Path) -> bool:
+    """Write a figure, if there is anything to draw. several: one study, or those that it holds together."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own file says
         matplotlib.rcParams.update(STYLE)
-        figure = FIGURES[name](results)
+        figure = FIGURES[name](*several)
         if figure is None:
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
