@@ -13,7 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain.errors import UserError
-from study.document import RESULTS, ROOT, TEMPLATE, Document, render
+from study.document import TEMPLATE, Document, render
+from study.origin import RESULTS, ROOT
 from study.records import read
 
 

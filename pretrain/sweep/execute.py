@@ -28,6 +28,7 @@ from pretrain.sweep.runs import (
     counted_costs,
     hash_of,
     is_done,
+    mixed_protocols,
     plan_runs,
     read_json,
     refuse_changed,
@@ -47,6 +48,7 @@ def run_sweep(
     sweep: Sweep, processes: Processes, index: int | None = None, *, measure_only: bool = False
 ) -> int:
     """Run what is not done yet, all of it or one run by its index; returns the exit code."""
+    _warn(sweep)
     with processes.listening():
         # jobs of an array run side by side, and must not each measure costs of their own
         if known_costs(sweep) is None and index is None:
@@ -77,6 +79,11 @@ def run_sweep(
     return EXIT_FAILED if failed else EXIT_DONE
 
 
+def _warn(sweep: Sweep) -> None:
+    for line in mixed_protocols(sweep):
+        logger.warning("%s", line)
+
+
 def _run_all(
     sweep: Sweep, runs: Sequence[Run], chosen: Sequence[Run], processes: Processes
 ) -> tuple[list[str], list[str]]:
@@ -101,7 +108,8 @@ def _run_all(
                 logger.warning("  %s", line)
         write_table(sweep, runs)
         write_records(sweep, [run])
-    return failed, unfinished
+    done_elsewhere = {run.name for run in chosen if is_done(run)}
+    return failed, [name for name in unfinished if name not in done_elsewhere]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -332,6 +340,7 @@ def steady_seconds(records: Sequence[Mapping[str, Any]]) -> float:
 
 def describe(sweep: Sweep) -> str:
     """What would run, one line each."""
+    _warn(sweep)
     costs = known_costs(sweep)
     lines = []
     if costs is None:

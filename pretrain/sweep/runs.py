@@ -23,6 +23,7 @@ PROGRESS = "sweep.json"  # what this run is, and which of its stages are done
 DONE = "done.json"  # written last: everything the table needs
 FAILED = "failed.json"
 COST = "cost.json"  # of the whole study: measured seconds per step of each variant
+OF_FROZEN = ("knn", "linear", "probes")  # read-outs by a protocol, if none is named that of the method
 OF_RUNS = ("pretext", "head")  # read-outs that need the heads, which an export does not have
 NUM_DIFFERENCES = 3  # that a refusal names
 
@@ -160,6 +161,28 @@ def _refuse_read_out(read_out: ReadOut, configs: Mapping[str, RunConfig]) -> Non
                 open_also(parsed.also_test, found["train"])
         except UserError as error:
             raise ConfigError(f"evaluate '{read_out.name}': {error}") from None
+
+
+def mixed_protocols(sweep: Sweep) -> list[str]:
+    """A line for each read-out that leaves the protocol to the variants' methods, which have several."""
+    from pretrain.evaluate.protocols import method_of
+
+    configs = {name: config for name, (_, config) in resolve_variants(sweep).items()}
+    lines = []
+    for read_out in sweep.study.evaluate:
+        features_only = read_out.kind == "knn" and "--feature" in read_out.args
+        if read_out.kind not in OF_FROZEN or "--protocol" in read_out.args or features_only:
+            continue
+        methods: dict[str, list[str]] = {}
+        for name in read_out.variants or configs:
+            methods.setdefault(method_of(configs[name].tasks.enabled()), []).append(name)
+        if len(methods) > 1:
+            told = "; ".join(f"{method}: {', '.join(names)}" for method, names in methods.items())
+            lines.append(
+                f"evaluate '{read_out.name}': variants are read out by different protocols ({told}), and "
+                "differ for that alone; add --protocol to its args"
+            )
+    return lines
 
 
 def _parsed(read_out: ReadOut, sets: Iterable[tuple[str, str]]) -> argparse.Namespace:

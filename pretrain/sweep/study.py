@@ -112,6 +112,30 @@ class Variant(_Settings):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None  # of the study's; None: all of them
 
 
+class Cell(_Settings):
+    """A place in the table; what is not named is that of the value that it is taken from."""
+
+    variant: str | None = None
+    column: str | None = None
+
+
+class Expected(_Settings):
+    """What the mean of a column should be, or its difference to another one, in the table's unit."""
+
+    variant: str
+    column: str
+    minus: Cell | None = None
+    published: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @model_validator(mode="after")
+    def _says_what(self) -> Expected:
+        if self.published is None and self.at_least is None and self.at_most is None:
+            raise ValueError("give `published`, `at_least` or `at_most`")
+        return self
+
+
 class Study(_Settings):
     """A study, completely."""
 
@@ -128,6 +152,7 @@ class Study(_Settings):
     measure_steps: Annotated[int, Field(ge=6)] = 60  # of the short run that measures a variant's cost
     evaluate: tuple[ReadOut, ...] = ()
     metrics: tuple[str, ...] = ()  # of metrics.jsonl; their last value becomes a column
+    expected: tuple[Expected, ...] = ()  # by a publication, or stated beforehand; for the report
 
     def all_variants(self) -> dict[str, tuple[str, ...]]:
         """Name -> overrides: the rows of the table, in their order."""
@@ -182,7 +207,17 @@ class Study(_Settings):
                 raise ValueError(f"two columns are called '{column}'; rename one")
         for read_out in self.evaluate:
             _refuse_unknown(f"evaluate '{read_out.name}'", read_out.variants or (), names)
+        self._check_expected(names, columns)
         return self
+
+    def _check_expected(self, names: Sequence[str], columns: Sequence[str]) -> None:
+        for one in self.expected:
+            other = one.minus or Cell()
+            for variant in filter(None, (one.variant, other.variant)):
+                _refuse_unknown("expected", [variant], names)
+            for column in filter(None, (one.column, other.column)):
+                if column not in columns:
+                    raise ValueError(f"expected: no column '{column}'; {nearest(column, columns)}")
 
     def _check_budget(self, names: Sequence[str]) -> None:
         if self.budget != "compute" and (self.cost or self.reference):

@@ -64,6 +64,8 @@ def _read(done: Mapping[str, Any], run: Run, read_out: ReadOut, path: str) -> fl
     left = done["read_outs"].get(read_out.name)
     if left is None or left["asked"] != asked(run, read_out):
         return None
+    if _is_of_another_task(run, read_out, path):
+        return None
     value = left["result"]
     for key in path.split("."):
         if not isinstance(value, dict) or key not in value:
@@ -77,6 +79,13 @@ def _read(done: Mapping[str, Any], run: Run, read_out: ReadOut, path: str) -> fl
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"evaluate '{read_out.name}': '{path}' is not a number")
     return value
+
+
+def _is_of_another_task(run: Run, read_out: ReadOut, path: str) -> bool:
+    """Whether a metric of a task is asked of a variant that does not have it, as among subsets of tasks."""
+    task = path.removeprefix("values.").partition("/")[0]
+    tasks = run.config.tasks
+    return read_out.kind == "pretext" and task in type(tasks).model_fields and task not in tasks.enabled()
 
 
 def summarise(by_seed: Mapping[int, float | None], *, is_percent: bool = False) -> dict[str, Any]:

@@ -17,6 +17,11 @@ _FACTOR: dict[Likelihood, float] = {"ce": 1.0, "l1": 1.0, "l2": 0.5}
 _SLOPE: dict[Likelihood, float] = {"ce": 1.0, "l1": 0.5, "l2": 1.0}
 
 
+def settled_product(likelihood: Likelihood) -> float:
+    """What w(s) * L comes to where a learned weight is at rest: d/ds of w(s) * L + s / 2 is 0 there."""
+    return 1 / (2 * _SLOPE[likelihood])
+
+
 class BalanceConfig(BaseModel):
     """Fixed or learned weights."""
 

@@ -16,8 +16,10 @@ from small_scenes import write_folder
 from small_study import STUDY, write_study
 
 from pretrain.cli import main
+from pretrain.sweep import execute
 from pretrain.sweep.execute import hardware, last_values, steady_seconds, train_seconds
-from pretrain.sweep.processes import only_one
+from pretrain.sweep.processes import Processes, only_one
+from pretrain.sweep.runs import Run, Sweep
 
 
 @pytest.fixture(autouse=True)
@@ -274,7 +276,24 @@ def test_a_run_that_another_sweep_is_at_is_left_to_it(
     with only_one(tmp_path / "out" / "both" / "seed-0" / ".sweep.lock"):
         assert sweep() == 75
     assert commands(calls) == of_run("rotation/seed-0")
-    assert "both/seed-0: another sweep is at it" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "both/seed-0: another sweep is at it" in told
+    assert "not finished: both/seed-0; the same command goes on" in told
+
+
+def test_what_another_sweep_has_finished_meanwhile_is_not_called_unfinished(
+    calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_study(tmp_path, ONE_SEED)
+    alone = execute._run_alone
+
+    def done_by_another(study: Sweep, run: Run, processes: Processes, title: str) -> bool:
+        is_ours = alone(study, run, processes, title)
+        return is_ours and run.variant != "both"  # as if it had been at it until now
+
+    monkeypatch.setattr(execute, "_run_alone", done_by_another)
+    assert sweep() == 0
+    assert "not finished" not in capsys.readouterr().out
 
 
 def test_a_compute_budget_measures_each_variant_once_and_all_runs_share_it(

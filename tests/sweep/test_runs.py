@@ -17,6 +17,7 @@ from pretrain.sweep.runs import (
     Run,
     Sweep,
     differences,
+    mixed_protocols,
     open_sweep,
     plan_runs,
     refuse_changed,
@@ -204,6 +205,30 @@ def test_a_read_out_that_could_not_run_is_refused_before_anything_does(
     with pytest.raises(ConfigError, match=told) as caught:
         plan_runs(open_sweep(write_study(tmp_path, text), tmp_path / "out"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("read_out", "is_told"),
+    [
+        ("{name: a, kind: linear, test: others}", True),
+        ("{name: a, kind: knn, test: others}", True),
+        ("{name: a, kind: knn, test: others, args: [--feature, class]}", False),
+        ("{name: a, kind: linear, test: others, args: [--feature, class]}", True),
+        ("{name: a, kind: probes, test: others, args: [--protocol, generic]}", False),
+        ("{name: a, kind: linear, test: others, variants: [both]}", False),
+    ],
+)
+def test_variants_that_are_read_out_by_different_protocols_are_told(
+    read_out: str, is_told: bool, tmp_path: Path
+) -> None:
+    """Contrastive alone is read as MoCo v3 is, several tasks by the generic protocol."""
+    asks = STUDY.replace(STUDY.split("evaluate:\n")[1].split("metrics")[0], f"  - {read_out}\n")
+    asks = asks.replace("both: [tasks.jigsaw=null]", "both: []").replace(
+        "tasks.contrastive=null", "tasks.rotation=null"
+    )
+    told = mixed_protocols(open_sweep(write_study(tmp_path, asks), tmp_path / "out"))
+    expected = "evaluate 'a': variants are read out by different protocols (generic: both; moco_v3: rotation)"
+    assert [line.startswith(expected) for line in told] == ([True] if is_told else [])
 
 
 @pytest.mark.parametrize(

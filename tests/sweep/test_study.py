@@ -46,6 +46,17 @@ def refusal(folder: Path, text: str) -> str:
         ("metrics:", "budget: time\nmetrics:", "'images', 'compute' or 'as_given' (got 'time')"),
         ("metrics:", "base: other.yaml\nmetrics:", "the key 'base' stands twice"),
         ("metrics:", "subsets: {of: [rotation]}\nmetrics:", "two variants are called 'rotation'"),
+        ("metrics:", "expected: [{variant: both, column: knn}]\nmetrics:", "give `published`, `at_least`"),
+        (
+            "metrics:",
+            "expected: [{variant: bot, column: knn, at_least: 1}]\nmetrics:",
+            "did you mean 'both'?",
+        ),
+        (
+            "metrics:",
+            "expected: [{variant: both, column: knn, minus: {column: kn}, at_least: 1}]\nmetrics:",
+            "expected: no column 'kn'; did you mean 'knn'?",
+        ),
         ("metrics:", "subsets: {of: [a, b], only: [[c]]}\nmetrics:", "`only` has 'c'"),
     ],
 )
@@ -92,7 +103,7 @@ ROWS = {
     "relvit_table4": 15,
     "repre_table4": 3,
     "repre_table5": 7,
-    "core_question": 16,
+    "core_question": 17,
     "core_question_compute": 8,
     "core_cpu_compute": 3,
     "core_cpu": 16,

@@ -105,6 +105,31 @@ def test_a_value_is_found_with_dots_and_one_that_is_not_there_is_told(tmp_path: 
     assert sweep.study.evaluate[0].value == "top1_ratio"
 
 
+def test_a_metric_of_a_task_that_a_variant_lacks_is_left_out(tmp_path: Path) -> None:
+    """Subsets of tasks share one read-out; a name that no task has is still told."""
+    read_out = STUDY.split("evaluate:\n")[1].split("metrics")[0]
+
+    def means(value: str) -> list[float | None]:
+        asks = f"  - {{name: contrast, kind: pretext, test: others, value: {value}}}\n"
+        sweep = open_sweep(write_study(tmp_path, STUDY.replace(read_out, asks)), tmp_path / "out")
+        runs = {run.name: run for run in plan_runs(sweep)}
+        for name, values in (
+            ("both/seed-0", {"contrastive/accuracy": 0.5, "rotation/accuracy": 0.4}),
+            ("rotation/seed-0", {"rotation/accuracy": 0.3}),
+        ):
+            run = runs[name]
+            left = {"contrast": {"asked": asked(run, run.read_outs[0]), "result": {"values": values}}}
+            content = {"variant": run.variant, "seed": 0, "config_hash": run.config_hash, "steps": 3}
+            content |= {"train_seconds": 1.0, "hardware": "2 CPU cores", "commit": "c0ffee"}
+            write_json(run.folder / DONE, {**content, "read_outs": left, "metrics": {}})
+        return [row["columns"]["contrast"]["mean"] for row in table_of(sweep, list(runs.values()))["rows"]]
+
+    assert means("values.contrastive/accuracy") == [0.5, None]
+    assert means("values.rotation/accuracy") == [0.4, 0.3]
+    with pytest.raises(UserError, match=r"'values.rotation/error' is not in its result"):
+        means("values.rotation/error")
+
+
 def test_one_read_out_can_give_several_columns(tmp_path: Path) -> None:
     text = STUDY.replace("kind: knn,", "kind: knn, more: {best k: k.best},")
     sweep = open_sweep(write_study(tmp_path, text), tmp_path / "out")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pretrain.tasks.balance import Balance, BalanceConfig, Likelihood
+from pretrain.tasks.balance import Balance, BalanceConfig, Likelihood, settled_product
 
 KINDS: tuple[Likelihood, ...] = ("ce", "l1", "l2")
 
@@ -42,6 +42,8 @@ def test_gradient_of_the_log_variance_follows_the_formula(
 def test_gradient_vanishes_where_the_likelihood_is_largest(kind: Likelihood, best: float) -> None:
     """T-B0-2: `ce` e^s = 2 L, `l2` e^s = L, `l1` e^(s/2) = L, here at L = 0.7."""
     assert gradient(kind, best, 0.7) == pytest.approx(0.0, abs=1e-6)
+    _, weights = balance_at(kind, best)({"task": torch.tensor(0.7)})
+    assert float(weights["task"]) * 0.7 == pytest.approx(settled_product(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
