@@ -13,8 +13,13 @@ import yaml
 from small_scenes import write_folder
 from small_shards import real_data, samples, write_shard
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from study.report import write
+
 from pretrain.cli import main
 from pretrain.data.indexing import index_folder
+from pretrain.sweep.study import load_study
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "configs" / "studies"
@@ -27,6 +32,18 @@ NETWORK = [
     "log={every_steps: 1, prometheus: {enabled: false}, gradients: {every_steps: 1}}",
     "checkpoint.every_steps=2",
 ]
+# rows that together have every config and every read-out of their study
+ROWS = {
+    "core_question": ["contrastive", "all", "all-separate", "all-fixed-scaled"],
+    "core_question_compute": ["contrastive", "all-separate"],
+    "core_cpu": ["contrastive", "all", "all-separate", "all-fixed"],
+    "core_cpu_compute": ["all", "all-separate"],
+    "cpu_relvit": ["no_positions", "positions_shuffled"],
+    "cpu_sit": ["sit"],
+    "relvit_control": ["relvit", "joint", "positions"],
+    "relvit_table4": ["angle", "all"],
+    "sit_table4": ["reconstruction", "all", "all-uncertainty"],
+}
 # what makes a read-out of each kind short
 SHORT = {
     "knn": [],
@@ -89,19 +106,9 @@ def toy(path: Path, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "core_question",
-        "core_question_compute",
-        "core_cpu",
-        "core_cpu_compute",
-        "relvit_control",
-        "sit_table4",
-    ],
-)
-def test_a_study_runs_to_its_table_in_slices(name: str, tmp_path: Path) -> None:
-    """Its first runs for real, stopped by the clock and gone on with, to records and to the page."""
+@pytest.mark.parametrize(("name", "variants"), ROWS.items(), ids=list(ROWS))
+def test_a_study_runs_to_the_document_in_slices(name: str, variants: list[str], tmp_path: Path) -> None:
+    """Runs for real, stopped by the clock and gone on with, to records and to the page."""
     shards = tmp_path / "data_shards"
     for part, where in (("cifar10", "cifar10"), ("cifar10-lossless-subset", "cifar10-lossless")):
         index_folder(real_data(part), shards / where)
@@ -111,7 +118,9 @@ def test_a_study_runs_to_its_table_in_slices(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pretrain", "sweep", study.name, *steps, "--results", "results"]
     told = ""
     measured = [["--measure-only"]] if "compute" in name and "cpu" not in name else []
-    for part in (*measured, ["--index", "0"], ["--index", "1"]):
+    rows = list(load_study(study).all_variants())
+    chosen = [["--index", str(rows.index(variant))] for variant in variants]
+    for part in (*measured, *chosen):
         for minutes in ("0.2", "20"):  # the first is too short for all of it
             done = subprocess.run(
                 [*command, *part, "--max-minutes", minutes],
@@ -122,5 +131,9 @@ def test_a_study_runs_to_its_table_in_slices(name: str, tmp_path: Path) -> None:
             if done.returncode != 75:
                 break
         assert done.returncode == 0, told[-3000:]
-    records = list((tmp_path / "results" / study.stem).glob("*/seed-0.json"))
-    assert len(records) == 2, told[-3000:]
+    records = {path.parent.name for path in (tmp_path / "results" / study.stem).glob("*/seed-0.json")}
+    assert records == set(variants), told[-3000:]
+    write(tmp_path / "results", tmp_path / "study.md")
+    page = (tmp_path / "study.md").read_text()
+    for variant in variants:
+        assert f"| {variant} | 1 | " in page
