@@ -44,31 +44,37 @@ def columns_of(results: Results) -> list[str]:
 def compute(*several: Results) -> Figure | None:
     """Accuracy over the FLOPs of training: every run, and the mean of each variant with its spread.
 
-    Of studies with other budgets, whose means of a variant are joined by a line.
+    Of studies with other budgets, whose means of a variant are joined by a line; then what only one of them has
+    is grey, so that the lines can be told apart.
     """
     columns = list(dict.fromkeys(column for results in several for column in columns_of(results)))
     if not columns:
         return None
     variants = list(dict.fromkeys(name for results in several for name in results.runs))
+    shared = [name for name in variants if all(name in results.runs for results in several)]
     spent = [{name: results.values(name, "train_flops") for name in results.runs} for results in several]
     most = max(max(by_seed.values()) for one in spent for by_seed in one.values())
     unit, flops = next((unit, flops) for unit, flops in FLOPS_UNITS if most >= 2 * flops or flops == 1e9)
-    figure, axes = _panels(len(columns), height=2.6, below=0.2 * (len(variants) // LEGEND_COLUMNS + 1))
+    figure, axes = _panels(len(columns), height=2.6, below=0.2 * (len(shared) // LEGEND_COLUMNS + 1))
     for axis, column in zip(axes, columns, strict=True):
-        for place, variant in enumerate(variants):
-            style = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
+        for variant in sorted(variants, key=lambda name: name in shared):
             means = []
             for results, its_flops in zip(several, spent, strict=True):
                 values = results.values(variant, column)
                 if values:
-                    x = [its_flops[variant][seed] / flops for seed in values]
-                    axis.plot(x, list(values.values()), linestyle="", markersize=3, alpha=0.4, **style)
+                    x = statistics.fmean(its_flops[variant][seed] for seed in values) / flops
                     spread = statistics.stdev(values.values()) if len(values) > 1 else 0.0
-                    means.append((statistics.fmean(x), statistics.fmean(values.values()), spread))
-            if means:
-                x, y, spreads = zip(*sorted(means), strict=True)
-                axis.errorbar(
-                    x, y, yerr=spreads, markersize=6, capsize=2, linewidth=1, label=variant, **style
+                    means.append((x, statistics.fmean(values.values()), spread))
+            if not means:
+                continue
+            x, y, spreads = zip(*sorted(means), strict=True)
+            if variant in shared:
+                place = shared.index(variant)
+                style = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
+                axis.errorbar(x, y, yerr=spreads, markersize=6, capsize=2, label=variant, **style)
+            else:
+                axis.plot(
+                    x, y, linestyle="", marker="o", markersize=3, color="#bbbbbb", label="other variants"
                 )
         untrained = next(filter(None, (results.untrained(column) for results in several)), None)
         if untrained is not None:

@@ -57,4 +57,4 @@ def weights(results: Results, variant: str) -> dict[str, dict[str, list[float]]]
 
 def told(values: Sequence[float], digits: int = 3) -> str:
     text = f"{statistics.fmean(values):.{digits}g}"
-    return f"{text} ± {statistics.stdev(values):.1g}" if len(values) > 1 else text
+    return f"{text} ± {statistics.stdev(values):.1g}" if len(set(values)) > 1 else text
