@@ -22,7 +22,7 @@ TEMPLATE = Path(__file__).with_name("study.md.j2")
 ABOUT = "about.json"  # beside pictures: what they are of
 
 ALT_TEXTS = {
-    "compute": "Read-outs over training compute, of both budgets: runs, and mean with spread of variants",
+    "compute": "Read-outs over training compute, of both budgets: mean with spread of variants",
     "weights": "Weight of each task's loss over training, every seed",
     "differences": "Differences of variants on every read-out, with intervals, and who wins by the rule",
     "conflict": "Mean cosine between the gradients of every two tasks",

@@ -42,10 +42,10 @@ def columns_of(results: Results) -> list[str]:
 
 
 def compute(*several: Results) -> Figure | None:
-    """Accuracy over the FLOPs of training: every run, and the mean of each variant with its spread.
+    """Accuracy over the FLOPs of training: the mean of each variant with its spread.
 
-    Of studies with other budgets, whose means of a variant are joined by a line; then what only one of them has
-    is grey, so that the lines can be told apart.
+    several: studies with other budgets, whose means of a variant are joined by a line; what only one of them
+    has is grey then, so that the lines can be told apart.
     """
     columns = list(dict.fromkeys(column for results in several for column in columns_of(results)))
     if not columns:
