@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pretrain import __version__
 from pretrain.data.build.arguments import add_arguments as build_arguments
@@ -26,6 +26,7 @@ from pretrain.errors import (
 )
 from pretrain.evaluate import arguments as evaluate_arguments
 from pretrain.export import arguments as export_arguments
+from pretrain.parser import Parser
 from pretrain.plan import arguments as plan_arguments
 from pretrain.report import arguments as report_arguments
 from pretrain.transfer.detection import arguments as detection_arguments
@@ -43,18 +44,8 @@ _GOALS: dict[str, tuple[Any, str]] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Takes no abbreviated flags, and tells an error in one line."""
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **{**settings, "allow_abbrev": False})
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER_ERROR, f"{self.prog}: {message}; `{self.prog} --help` lists what it takes\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="pretrain",
         description="Self-supervised pretraining of Vision Transformers: shards in, timm weights out.",
         epilog=EXIT_CODES,
@@ -202,13 +193,7 @@ def _add_sweep(commands: Any) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, or exit code 2 and one line on stderr."""
-    parser = _parser()
-    parsed, rest = parser.parse_known_args(arguments)
-    if rest:  # overrides may stand between the flags
-        if not hasattr(parsed, "overrides") or any(argument.startswith("-") for argument in rest):
-            parser.error(f"unknown arguments: {' '.join(rest)}")
-        parsed.overrides += rest
-    return parsed
+    return _parser().read(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

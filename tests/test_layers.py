@@ -19,6 +19,7 @@ LAYERS = {
         "schedules",
         "optim",
         "errors",
+        "parser",
         "peers",
         "settings",
         "views",

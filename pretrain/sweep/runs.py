@@ -16,7 +16,9 @@ from typing import Any
 from pretrain.check import check
 from pretrain.config import RunConfig, load_config
 from pretrain.errors import ConfigError, UserError, nearest
+from pretrain.evaluate.arguments import add_arguments
 from pretrain.evaluate.shards import Role, find_split, open_also
+from pretrain.parser import Parser
 from pretrain.sweep.study import OF_MASKS, ReadOut, Study, load_study, refuse_seed
 
 PROGRESS = "sweep.json"  # what this run is, and which of its stages are done
@@ -187,15 +189,17 @@ def mixed_protocols(sweep: Sweep) -> list[str]:
 
 def _parsed(read_out: ReadOut, sets: Iterable[tuple[str, str]]) -> argparse.Namespace:
     """What its command line says; ConfigError if it does not read."""
-    from pretrain.cli import parse
-
-    command = ["evaluate", read_out.kind, "WEIGHTS"]
+    parser = Parser(prog="pretrain evaluate")
+    add_arguments(parser)
+    command = [read_out.kind, "WEIGHTS"]
     for flag, where in sets:
         command += [f"--{flag}", where]
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return parse([*command, *(str(argument).replace("{seed}", "0") for argument in read_out.args)])
+            return parser.read(
+                [*command, *(str(argument).replace("{seed}", "0") for argument in read_out.args)]
+            )
     except SystemExit:
         raise ConfigError(f"evaluate '{read_out.name}': {told.getvalue().strip()}") from None
 
