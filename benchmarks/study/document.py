@@ -44,7 +44,8 @@ class Document(Tables):
             "measured", "not_measured", "pending", "table", "value", "difference", "verdict", "says",
             "comparisons", "versus", "summary", "column_differences", "above_untrained", "own_measures",
             "step_costs", "cost", "costs", "setting", "setup", "commit", "commands", "seeds", "num_seeds",
-            "hardware", "of_copies", "expected", "figure", "conflict", "pictures", "weights",
+            "hardware", "times_the_compute", "cosine_range", "of_copies", "expected", "figure", "conflict",
+            "pictures", "weights",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

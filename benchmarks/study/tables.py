@@ -296,6 +296,17 @@ class Tables(Origin):
         heads = ["variant", "MFLOP an image", *relative, "seconds of a step", *relative]
         return markdown(heads, rows)
 
+    def times_the_compute(self, study: str, a: str, b: str) -> str:
+        """`5.05`: training FLOPs of an image by a, relative to those by b."""
+        first, second = (next(iter(self.results[study].runs[name].values())) for name in (a, b))
+        return f"{flops_per_image(first['config']) / flops_per_image(second['config']):.2f}"
+
+    def cosine_range(self, study: str, variant: str = figures.ALL) -> str:
+        """`-0.02 to +0.05`: of the mean cosines of all pairs of tasks."""
+        found = figures.cosines(self.results[study], variant)
+        means = [statistics.fmean(values) for values in found.values()]
+        return f"{min(means):+.2f} to {max(means):+.2f}" if means else NOT_MEASURED
+
     def weights(self, study: str, variant: str = figures.ALL) -> str:
         """The weight of each task's loss in training, and whether it has come to rest."""
         found = progress.weights(self.results[study], variant)

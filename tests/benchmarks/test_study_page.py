@@ -76,6 +76,12 @@ def test_the_page_is_what_the_stored_records_give(tmp_path: Path) -> None:
     assert there == shown
 
 
+def test_every_sentence_of_the_conclusion_is_borne_out_by_the_stored_records() -> None:
+    leads = re.findall(r"^- (\*\*.+?\*\*)", TEMPLATE.read_text(), re.MULTILINE)
+    assert len(leads) > 10
+    assert [lead for lead in leads if lead not in PAGE.read_text()] == []
+
+
 def typed_numbers(template: str) -> list[str]:
     """Lines with digits that the template holds itself, outside expressions and blocks."""
     text = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", "", template, flags=re.DOTALL)
