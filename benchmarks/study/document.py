@@ -42,10 +42,10 @@ class Document(Tables):
     def functions(self) -> dict[str, Callable[..., Any]]:
         names = (
             "measured", "not_measured", "pending", "table", "value", "difference", "verdict", "says",
-            "comparisons", "versus", "summary", "column_differences", "above_untrained", "own_measures",
-            "step_costs", "cost", "costs", "setting", "setup", "commit", "commands", "seeds", "num_seeds",
-            "hardware", "times_the_compute", "cosine_range", "of_copies", "expected", "figure", "conflict",
-            "pictures", "weights",
+            "comparisons", "versus", "summary", "column_difference", "column_differences", "above_untrained",
+            "own_measures", "step_costs", "times_the_compute", "cost", "costs", "setting", "setup", "commit",
+            "commands", "seeds", "num_seeds", "hardware", "of_copies", "expected", "figure", "conflict",
+            "cosine_range", "pictures", "weights",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

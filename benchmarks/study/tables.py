@@ -195,6 +195,11 @@ class Tables(Origin):
                     rows.append([variant, f"{a} against {b}", *cells, told_with_verdict(found)])
         return markdown(["variant", "read-outs", "first %", "second %", "points"], rows) if rows else ""
 
+    def column_difference(self, study: str, variant: str, a: str, b: str) -> str:
+        """`+9.78 (n = 1)`: points by which read-out a of a variant is above read-out b."""
+        results = self.results[study]
+        return told(difference(results.values(variant, a), results.values(variant, b)))
+
     def of_copies(self, study: str, read_out: str = "lossless") -> str:
         """A read-out on images and on copies of the same ones; '' where no run has it.
 
