@@ -156,8 +156,8 @@ class Tables(Origin):
     def versus(self, studies: Sequence[str], pairs: Sequence[Pair]) -> str:
         """The comparisons of each study that has any of these pairs, and which studies have none yet."""
         found = {name: self.comparisons(name, pairs) for name in studies if name in self.results}
-        told = [f"`{name}`:\n\n{table}" for name, table in found.items() if table]
-        return "\n\n".join([*told, self.pending([name for name in studies if not found.get(name)])]).strip()
+        parts = [f"`{name}`:\n\n{table}" for name, table in found.items() if table]
+        return "\n\n".join([*parts, self.pending([name for name in studies if not found.get(name)])]).strip()
 
     def summary(self, questions: Sequence[tuple[str, str, str, str]], first: str = "linear") -> str:
         """On which read-outs each question's first variant wins; questions: (words, study, a, b).
@@ -178,8 +178,8 @@ class Tables(Origin):
             names = [", ".join(found.get(verdict, [])) for verdict in ("wins", "loses")]
             if "too few seeds" in found:
                 names = ["too few seeds", ""]
-            told = told_with_verdict(self._difference(study, a, b, first))
-            rows.append([words, f"`{study}`", told, *names])
+            gap = told_with_verdict(self._difference(study, a, b, first))
+            rows.append([words, f"`{study}`", gap, *names])
         table = markdown(["question", "study", f"points on {first}", "yes on", "the opposite on"], rows)
         return "\n\n".join(filter(None, [table if rows else "", listed("Not measured yet", list(missing))]))
 
