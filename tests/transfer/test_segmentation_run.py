@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from small_scenes import NAMES, write_folder
 
 from pretrain import cluster
-from pretrain.cli import _Parser
 from pretrain.config import load_config
 from pretrain.errors import CheckpointError, ConfigError, UserError
+from pretrain.parser import Parser
 from pretrain.settings import read_settings
 from pretrain.transfer.segmentation import run as module
 from pretrain.transfer.segmentation.arguments import add_arguments, run
@@ -63,7 +63,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def segment(*arguments: Any) -> list[str]:
     """What `pretrain transfer segmentation` prints."""
-    parser = _Parser()
+    parser = Parser()
     add_arguments(parser)
     parsed, rest = parser.parse_known_args([str(argument) for argument in (*arguments, "--device", "cpu")])
     parsed.overrides += rest
