@@ -45,7 +45,7 @@ class Document(Tables):
             "comparisons", "versus", "summary", "column_difference", "column_differences", "above_untrained",
             "own_measures", "step_costs", "times_the_compute", "cost", "costs", "setting", "setup", "commit",
             "commands", "seeds", "num_seeds", "hardware", "of_copies", "expected", "figure", "conflict",
-            "cosine_range", "pictures", "weights",
+            "mean", "largest_cosine", "cosine_range", "pictures", "weights",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

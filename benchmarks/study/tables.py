@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -42,6 +43,11 @@ class Tables(Origin):
         if text == EMPTY:
             return NOT_MEASURED
         return f"{text} %" if self.results[study].is_percent(column) else text
+
+    def mean(self, study: str, variant: str, column: str) -> float:
+        """Over seeds; not a number where it was not measured, which every comparison denies."""
+        values = self.results[study].values(variant, column) if study in self.results else {}
+        return statistics.fmean(values.values()) if values else math.nan
 
     def _cell(self, study: str, variant: str, column: str) -> str:
         results = self.results[study]
@@ -305,6 +311,11 @@ class Tables(Origin):
         """`5.05`: training FLOPs of an image by a, relative to those by b."""
         first, second = (next(iter(self.results[study].runs[name].values())) for name in (a, b))
         return f"{flops_per_image(first['config']) / flops_per_image(second['config']):.2f}"
+
+    def largest_cosine(self, study: str, variant: str = figures.ALL) -> float:
+        """Of the mean cosines of all pairs of tasks, without its sign."""
+        found = figures.cosines(self.results[study], variant) if study in self.results else {}
+        return max((abs(statistics.fmean(values)) for values in found.values()), default=math.nan)
 
     def cosine_range(self, study: str, variant: str = figures.ALL) -> str:
         """`-0.02 to +0.05`: of the mean cosines of all pairs of tasks."""

@@ -82,6 +82,29 @@ def test_every_sentence_of_the_conclusion_is_borne_out_by_the_stored_records() -
     assert [lead for lead in leads if lead not in PAGE.read_text()] == []
 
 
+def test_a_sentence_that_the_records_no_longer_bear_out_is_not_printed(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / RESULTS, tmp_path / "results")
+    for path in (tmp_path / "results" / "core_cpu_compute" / "all").glob("*.json"):
+        record = json.loads(path.read_text())
+        record["read_outs"]["linear"]["result"]["class_mean_patch"]["linear"]["100pct"]["top1_ratio"] -= 0.1
+        path.write_text(json.dumps(record))
+    for path in (tmp_path / "results" / "core_cpu" / "all").glob("*.json"):
+        record = json.loads(path.read_text())
+        record["metrics"]["contrastive/accuracy"] += 0.5
+        path.write_text(json.dumps(record))
+    write(tmp_path / "results", tmp_path / "study.md")
+    told = (tmp_path / "study.md").read_text()
+    gone = [
+        "At equal compute, one pass beats",
+        "With half as much training again",
+        "the contrastive task is harder",
+    ]
+    for words in gone:
+        assert words in PAGE.read_text()
+        assert words not in told
+    assert "The hope is not borne out" in told
+
+
 def typed_numbers(template: str) -> list[str]:
     """Lines with digits that the template holds itself, outside expressions and blocks."""
     text = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", "", template, flags=re.DOTALL)
@@ -160,6 +183,11 @@ def test_a_sentence_stands_only_while_every_verdict_is_as_it_says(
     assert not document.says("core_cpu_compute", "all", "contrastive")  # too few seeds
     assert not document.says("core_cpu", "all", "all-separate")  # which was not run
     assert not document.says("core_question", "all", "contrastive")
+    assert document.mean("core_cpu", "all", "knn") == pytest.approx(statistics.fmean(knn("all")))
+    assert not document.mean("core_question", "all", "knn") > 0  # not a number
+    assert not document.largest_cosine("core_question") < 1
+    found = [abs(statistics.fmean(values)) for values in figures.cosines(results["core_cpu"]).values()]
+    assert document.largest_cosine("core_cpu") == max(found)
     shutil.copytree(STORED / "core_cpu", tmp_path / "core_cpu")
     for path in (tmp_path / "core_cpu" / "all").glob("*.json"):
         record = json.loads(path.read_text())
